@@ -1,0 +1,28 @@
+"""Language-guided heads for labels that have an order.
+
+`OrdinalPromptHead` replaces the linear head of a model, is trained with `OrdinalPromptLoss`, read with `decode`, and
+left behind as a plain layer by `export_heads`.
+"""
+
+from ordinal_prompt import losses, protocols, text
+from ordinal_prompt.classifier import replace_head
+from ordinal_prompt.decoding import decode
+from ordinal_prompt.export import PrototypeLinear, export_heads
+from ordinal_prompt.head import OrdinalPromptHead
+from ordinal_prompt.losses import OrdinalPromptLoss
+from ordinal_prompt.metrics import ordinality
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OrdinalPromptHead",
+    "OrdinalPromptLoss",
+    "PrototypeLinear",
+    "decode",
+    "export_heads",
+    "losses",
+    "ordinality",
+    "protocols",
+    "replace_head",
+    "text",
+]

@@ -1,0 +1,62 @@
+"""From logits over ranks to one value (OrdinalCLIP, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RULES = ("expectation", "argmax", "median")
+
+
+def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[float] | None = None) -> Tensor:
+    """Predicted rank values.
+
+    Args:
+        logits: (..., K).
+        rule: `"expectation"` Σ p_i v_i, the regressed value of the paper; `"argmax"` the most probable rank;
+            `"median"` the smallest rank whose cumulated probability reaches one half, which minimises the expected
+            absolute error.
+        values: (K,) value of each rank; default its index.
+
+    Returns:
+        (...): float for `"expectation"` and wherever `values` are given, else int64 indices.
+
+    Raises:
+        ValueError: unknown rule, logits without ranks, values of another number than ranks.
+        TypeError: logits that are not floating point.
+
+    >>> import torch
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
+    >>> decode(logits), decode(logits, "argmax"), decode(logits, "median", values=[10, 20, 30, 40])
+    (tensor([1.3247]), tensor([1]), tensor([20.]))
+    """
+    if rule not in RULES:
+        raise ValueError(f"Expected `rule` to be one of {RULES}, but got {rule!r}.")
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"Expected `logits` to be a floating point tensor, but got {_kind(logits)}.")
+    if logits.dim() == 0 or logits.shape[-1] < 1:
+        raise ValueError(f"Expected `logits` of shape (..., K), but got shape {tuple(logits.shape)}.")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if values is not None:
+        values = torch.as_tensor(values, device=logits.device).to(dtype)
+        if values.shape != logits.shape[-1:]:
+            raise ValueError(
+                f"Expected one value for each of the {logits.shape[-1]} ranks, but got values of shape "
+                f"{tuple(values.shape)}."
+            )
+    if rule == "argmax":
+        index = logits.argmax(dim=-1)
+    else:
+        probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
+        if rule == "expectation":
+            if values is None:
+                values = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
+            return (probabilities * values).sum(dim=-1)
+        index = (probabilities.cumsum(dim=-1) >= 0.5).int().argmax(dim=-1)
+    return index if values is None else values[index]
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,588 @@
+"""The prompt head: logits over ordered ranks as cosines to language-guided rank prototypes (OrdinalCLIP, section 3).
+
+One way through: text encoder → prompts → prototypes → logits; then `losses`, `decoding` or `export`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ordinal_prompt.decoding import decode
+from ordinal_prompt.export import NORM_EPS, PrototypeLinear, check_finite, linear_layer, stock_layers
+from ordinal_prompt.interpolation import INTERPOLATIONS
+from ordinal_prompt.prompt import RANK_POSITIONS, PromptLearner, write_prompts
+from ordinal_prompt.text import PromptTokenizer, adapt
+
+DEFAULT_BASE_RANKS = 3
+OPENAI_VOCABULARY = 49408
+CLIP_LOGIT_SCALE = math.log(100)
+
+
+class OrdinalPromptHead(nn.Module):
+    """A classification head over K ordered ranks whose weights a text encoder writes.
+
+    Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
+    ranks.  A frozen text encoder turns the prompts into K unit-norm prototypes; the logits are the scaled cosines of a
+    feature to them.  After training, `export()` leaves plain layers.
+
+    Source: Li et al., OrdinalCLIP: Learning Rank Prompts for Language-Guided Ordinal Regression, NeurIPS 2022.
+
+    Args:
+        text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
+            `ordinal_prompt.text.TransformersTextEncoder`, which chooses the pooling), or an object that fits
+            `ordinal_prompt.text.TextEncoder`.  Only the text half is kept, and of the token embedding only what the
+            prompts need; the model is neither changed nor copied.
+        ranks: K ≥ 2, or K distinct names, which the rank embeddings then start from.
+        tokenizer: texts to token ids, as `open_clip.get_tokenizer(name)` or a tokenizer of transformers.  Without one,
+            an open_clip model with OpenAI's vocabulary can still have random context and ranks.
+        rank_values: K strictly increasing numbers, in any unit (years, stars); default 0…K-1.  Decoding returns them,
+            and interpolation measures distances in them.
+        context: a number of random context tokens M ≥ 0, or a text that they start from.  A text with one `{}` marks
+            the rank's place ("a photo of a {} year old face").
+        rank_position: `"tail"` (behind the context), `"front"`, or `"middle"` (behind its first ⌊M/2⌋ tokens).
+        rank_specific_context: one set of context tokens per rank instead of a shared one.
+        interpolation: `"linear"` (the paper's best), `"inv_prop"`, `"normal"`, `"piecewise"` (passes through the base
+            ranks), or None for K free rank embeddings (CoOp, applied to ranks).
+        num_base_ranks: B in 1…K; the default is clipped to K.
+        base_rank_names: B names that the base ranks start from, in place of K names; sets B.
+        tokens_per_rank: T tokens per rank, or without interpolation K counts; names bring their own.
+        in_features: width of the features of a backbone outside the text encoder's space, which a linear projection
+            then maps into it; default `embed_dim`, without projection.
+        normalize: bring features to unit norm.
+        logit_scale: log of the factor on the cosines; default the model's own, or log 100.
+        learn_logit_scale: make `logit_scale` a learnable parameter.
+        freeze_text_encoder: freeze a view of the text encoder.  False trains the caller's own parameters, and makes
+            them part of the state dict.
+        device: where the head and its half of the text encoder live; default the text encoder's device.
+        dtype: of what is learned; default float32, or wider where the text encoder is.
+
+    Attributes:
+        prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
+        logit_scale: () log of the factor on the cosines.
+        projection: linear layer from `in_features` to `embed_dim`, or None.
+        text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, saying what does.
+
+    >>> import open_clip, torch
+    >>> clip = open_clip.CLIP(
+    ...     embed_dim=16, vision_cfg={"layers": 1, "width": 16, "head_width": 16, "patch_size": 16, "image_size": 16},
+    ...     text_cfg={"layers": 1, "width": 16, "heads": 2},
+    ... )
+    >>> head = OrdinalPromptHead(clip, ranks=["bad", "fair", "good"], context="a photo of {} quality",
+    ...                          tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    >>> head(torch.randn(5, 16)).shape
+    torch.Size([5, 3])
+    >>> head.export()
+    Sequential(
+      (0): RMSNorm((16,), eps=6.25e-26, elementwise_affine=False)
+      (1): Linear(in_features=16, out_features=3, bias=False)
+    )
+    """
+
+    logit_scale: Tensor
+    rank_values: Tensor
+    text_encoder: Any
+    projection: nn.Linear | None
+
+    def __init__(
+        self,
+        text_encoder: Any,
+        ranks: int | Sequence[str],
+        *,
+        tokenizer: Callable[..., Any] | None = None,
+        rank_values: Sequence[float] | Tensor | None = None,
+        context: int | str = 10,
+        rank_position: str = "tail",
+        rank_specific_context: bool = False,
+        interpolation: str | None = "linear",
+        num_base_ranks: int = DEFAULT_BASE_RANKS,
+        base_rank_names: Sequence[str] | None = None,
+        tokens_per_rank: int | Sequence[int] = 1,
+        in_features: int | None = None,
+        normalize: bool = True,
+        logit_scale: float | None = None,
+        learn_logit_scale: bool = False,
+        freeze_text_encoder: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        names = _check_ranks(ranks)
+        num_ranks = ranks if names is None else len(names)
+        values = _check_rank_values(rank_values, num_ranks)
+        _check_prompt_options(context, rank_position, interpolation)
+        base_names = _check_names(base_rank_names, "base_rank_names") if base_rank_names is not None else None
+        num_base_ranks = _check_base_ranks(num_base_ranks, base_names, num_ranks, interpolation)
+        _check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
+        _check_size(in_features, "in_features")
+        log_scale = _check_log_scale(logit_scale)
+
+        encoder, embed_tokens, own_log_scale = adapt(text_encoder, trainable=not freeze_text_encoder)
+        words = base_names or names
+        if tokenizer is None and (isinstance(context, str) or words is not None):
+            raise ValueError(
+                f"Expected a `tokenizer` to turn {'the context' if isinstance(context, str) else 'rank names'} into "
+                "tokens, but got none; pass tokenizer=open_clip.get_tokenizer(model_name) (or your transformers "
+                "tokenizer), or build the head with OrdinalPromptHead.from_open_clip."
+            )
+        tokens = PromptTokenizer(tokenizer or _openai_tokenizer(embed_tokens))
+        written = write_prompts(tokens, context, rank_position, words, tokens_per_rank, interpolation is not None)
+        text = written.text
+        if text.num_tokens > encoder.context_length:
+            raise ValueError(
+                f"Expected prompts of at most {encoder.context_length} tokens, the text encoder's context length, but "
+                f"context and rank need {text.num_tokens} (with start, full stop and end); shorten the context or the "
+                "rank names."
+            )
+
+        weight = getattr(embed_tokens, "weight", None)
+        home = device if weight is None else torch.device(device or weight.device)
+
+        @torch.no_grad()
+        def embed(ids: Sequence[int]) -> Tensor:
+            table_device = None if weight is None else weight.device
+            return embed_tokens(torch.tensor(ids, dtype=torch.long, device=table_device)).detach()
+
+        special = embed((*text.start, *text.end, text.padding))
+        if dtype is None:
+            dtype = torch.promote_types(torch.float32, special.dtype)
+        self._assemble(
+            encoder,
+            PromptLearner(
+                text,
+                num_ranks=num_ranks,
+                positions=values,
+                interpolation=interpolation,
+                num_base_ranks=num_base_ranks,
+                rank_specific_context=rank_specific_context,
+                width=encoder.width,
+                special=special,
+                device=torch.device(home) if home is not None else special.device,
+                dtype=dtype,
+            ),
+            names,
+            embed_dim=encoder.embed_dim,
+            in_features=in_features,
+            normalize=normalize,
+            log_scale=log_scale if log_scale is not None else own_log_scale,
+            learn_logit_scale=learn_logit_scale,
+            freeze_text_encoder=freeze_text_encoder,
+        )
+        context_start = embed(written.context_ids) if written.context_ids is not None else None
+        names_start = None
+        if written.rank_ids is not None:
+            longest = max(map(len, written.rank_ids))
+            padded = [(*ids, *[text.padding] * (longest - len(ids))) for ids in written.rank_ids]
+            names_start = torch.stack([embed(ids) for ids in padded])
+        self.prompt.start_from_text(context_start, names_start)
+
+    def _assemble(
+        self,
+        text_encoder: Any,
+        prompt: PromptLearner,
+        rank_names: tuple[str, ...] | None,
+        *,
+        embed_dim: int,
+        in_features: int | None,
+        normalize: bool,
+        log_scale: float | None,
+        learn_logit_scale: bool,
+        freeze_text_encoder: bool,
+    ) -> None:
+        """Puts the parts together; the constructor and `from_pretrained` differ in where these come from."""
+        device, dtype = prompt.rank_embeddings.device, prompt.rank_embeddings.dtype
+        self.prompt = prompt
+        self.embed_dim = embed_dim
+        self.in_features = in_features or embed_dim
+        self.normalize = normalize
+        self._names = rank_names
+        self._frozen = freeze_text_encoder
+        self._source: dict[str, Any] | None = None
+        self._cache: tuple[list[Tensor], Tensor] | None = None
+        self.register_buffer("rank_values", None, persistent=False)
+        self._build_rank_values()
+        scale = torch.tensor(CLIP_LOGIT_SCALE if log_scale is None else log_scale, device=device, dtype=dtype)
+        self.logit_scale = nn.Parameter(scale, requires_grad=learn_logit_scale)
+        self.projection = None
+        if in_features is not None:
+            self.projection = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
+        if isinstance(text_encoder, nn.Module):
+            text_encoder.to(device)
+            if freeze_text_encoder:
+                text_encoder.requires_grad_(False).eval()
+        if freeze_text_encoder:
+            # Beside the registered modules: part of no parameter list, state dict or optimizer, but see `_apply`.
+            object.__setattr__(self, "text_encoder", text_encoder)
+        else:
+            self.text_encoder = text_encoder
+
+    @classmethod
+    def from_open_clip(
+        cls, model_name: str, pretrained: str | None = None, *, ranks: int | Sequence[str], **options: Any
+    ) -> OrdinalPromptHead:
+        """A head on the text encoder of an open_clip model, which open_clip builds (and downloads, where it has to).
+
+        Args:
+            model_name: as in `open_clip.list_models()`, or an `hf-hub:` or `local-dir:` name.
+            pretrained: a tag as in `open_clip.list_pretrained()`, or the path of a checkpoint; None for random weights.
+            ranks: see `OrdinalPromptHead`.
+            **options: the keyword arguments of `OrdinalPromptHead`.
+
+        Raises:
+            ValueError: unknown model or pretrained tag, with near matches.
+            ConnectionError: weights or tokenizer that cannot be downloaded.
+        """
+        from ordinal_prompt.checkpoint import load_open_clip
+
+        model, tokenizer = load_open_clip(model_name, pretrained)
+        head = cls(model, ranks, **{"tokenizer": tokenizer, **options})
+        head._source = {"model_name": model_name, "pretrained": pretrained}
+        return head
+
+    @property
+    def num_ranks(self) -> int:
+        """K."""
+        return self.prompt.num_ranks
+
+    @property
+    def rank_names(self) -> tuple[str, ...]:
+        """The K names; of ranks without names, their values."""
+        return self._names or tuple(f"{value:g}" for value in self.rank_values.tolist())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits over the ranks.
+
+        Args:
+            features: (..., in_features), of any floating point type.
+
+        Returns:
+            (..., K), at least float32, also under autocast.
+
+        Raises:
+            ValueError: features of another width, or a scalar.
+            TypeError: features that are not floating point.
+        """
+        self._check_features(features)
+        prototypes = self.prototypes()
+        dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
+        if self.projection is not None:
+            features = self.projection(features.to(self._projection_dtype(features)))
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(dtype)
+            if self.normalize:
+                features = F.normalize(features, dim=-1, eps=NORM_EPS)
+            return F.linear(features, self.logit_scale.to(dtype).exp() * prototypes.to(dtype))
+
+    def prototypes(self) -> Tensor:
+        """The rank prototypes.
+
+        In training they are computed anew at every call and differentiable; without gradients (in eval mode, under
+        `torch.no_grad()`, or with frozen prompts) once, until a prompt parameter changes.
+
+        Returns:
+            (K, D) of unit norm, at least float32.
+        """
+        if self._differentiable():
+            return self._encode(self.prompt())
+        return self._cached_prototypes()
+
+    def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
+        """Prototypes at real positions between the first and the last rank, also where no rank is.
+
+        Args:
+            positions: (N,) in the units of `rank_values`.
+
+        Returns:
+            (N, D) of unit norm; differentiable in training.
+
+        Raises:
+            ValueError: positions outside the ranks, of another shape, or a head without interpolation.
+        """
+        if self.prompt.interpolation is None:
+            raise ValueError(
+                "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
+            )
+        positions = torch.as_tensor(positions, dtype=torch.float64, device=self.rank_values.device)
+        first, last = self.rank_values[0].item(), self.rank_values[-1].item()
+        if positions.dim() != 1 or len(positions) == 0:
+            raise ValueError(f"Expected `positions` of shape (N,), but got {tuple(positions.shape)}.")
+        if not bool(((positions >= first) & (positions <= last)).all()):
+            raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
+        with torch.set_grad_enabled(self._differentiable()):
+            return self._encode(self.prompt.at(positions))
+
+    def predict_proba(self, features: Tensor) -> Tensor:
+        """Probabilities of the ranks, (..., K)."""
+        return torch.softmax(self(features), dim=-1)
+
+    def predict(self, features: Tensor, rule: str = "expectation") -> Tensor:
+        """Predicted rank values, (...), in the units of `rank_values`; see `decode` for the rules."""
+        return decode(self(features), rule, self.rank_values)
+
+    def export_prototypes(self, bias: bool = False) -> nn.Linear:
+        """The prototypes as a linear layer, detached, without gradients, and without the text encoder.
+
+        Equal to the head on any input, for a head without `in_features`; with it, the layer takes projected features
+        (`export()` brings the projection along).
+
+        Args:
+            bias: add a bias of zeros, so that the weights load into an `nn.Linear(D, K)` that has one.
+
+        Returns:
+            A new layer, weight (K, D) = exp(logit_scale) · prototypes: a `PrototypeLinear`, or with
+            `normalize=False` exactly `nn.Linear`.
+
+        Raises:
+            ValueError: learned tensors that are not finite.
+        """
+        weight = self._scaled_prototypes()
+        zeros = torch.zeros_like(weight[:, 0]) if bias else None
+        return linear_layer(weight, zeros, PrototypeLinear if self.normalize else nn.Linear)
+
+    def export(self) -> nn.Module:
+        """The whole head as layers of torch.nn, detached: neither a text encoder nor this package is needed to run it.
+
+        Returns:
+            One `nn.Linear` where the head is one linear map (`normalize=False`), else an `nn.Sequential` of the
+            projection (if any), `nn.RMSNorm` and `nn.Linear`.  Equal to the head on any input.
+
+        Raises:
+            ValueError: learned tensors that are not finite.
+        """
+        if self.projection is not None:
+            check_finite(projection_weight=self.projection.weight, projection_bias=self.projection.bias)
+        return stock_layers(self._scaled_prototypes(), self.projection, self.normalize)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
+
+        Each file is written beside its place and then moved there: what was there stays whole until the new one is.
+        """
+        from ordinal_prompt.checkpoint import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, text_encoder: Any = None) -> OrdinalPromptHead:
+        """Loads what `save_pretrained` saved.
+
+        Args:
+            folder: where it was saved.
+            text_encoder: the text encoder that the head was trained with.  Without it, open_clip loads the model that
+                `from_open_clip` named; a head on any other text encoder comes back with its prototypes alone
+                (`text_encoder` is None), which predicts and exports, but cannot be trained on.
+
+        Raises:
+            FileNotFoundError: no such folder, or files missing in it.
+            ValueError: damaged files; a text encoder of another width, or with other weights.
+        """
+        from ordinal_prompt.checkpoint import load
+
+        return load(cls, Path(folder), text_encoder)
+
+    def train(self, mode: bool = True) -> OrdinalPromptHead:
+        """Training mode; a frozen text encoder stays in eval mode."""
+        super().train(mode)
+        if self._frozen and isinstance(self.text_encoder, nn.Module):
+            self.text_encoder.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        normalize = "" if self.normalize else ", normalize=False"
+        return f"in_features={self.in_features}, embed_dim={self.embed_dim}, num_ranks={self.num_ranks}{normalize}"
+
+    def _encode(self, prompts: Any) -> Tensor:
+        features = self.text_encoder.encode(prompts)
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+    def _differentiable(self) -> bool:
+        if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
+            return False
+        return any(parameter.requires_grad for parameter in self._prototype_parameters())
+
+    def _prototype_parameters(self) -> list[nn.Parameter]:
+        encoder = [] if self._frozen else [*self.text_encoder.parameters()]
+        return [*self.prompt.parameters(), *encoder]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+    def _cached_prototypes(self) -> Tensor:
+        parameters = self._prototype_parameters()
+        if self._cache is not None and all(map(_same, self._cache[0], parameters)):
+            return self._cache[1]
+        device = self.prompt.rank_embeddings.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            prototypes = self._encode(self.prompt())
+        self._keep_prototypes(prototypes)
+        return prototypes
+
+    def _scaled_prototypes(self) -> Tensor:
+        prompt = self.prompt
+        check_finite(
+            context_embeddings=prompt.context_embeddings,
+            rank_embeddings=prompt.rank_embeddings,
+            logit_scale=self.logit_scale,
+        )
+        prototypes = self._cached_prototypes()
+        check_finite(prototypes=prototypes)
+        return self.logit_scale.detach().to(prototypes.dtype).exp() * prototypes
+
+    def _projection_dtype(self, features: Tensor) -> torch.dtype:
+        assert self.projection is not None
+        autocast = torch.is_autocast_enabled(features.device.type)
+        return features.dtype if autocast else self.projection.weight.dtype
+
+    def _check_features(self, features: Tensor) -> None:
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"Expected `features` to be a floating point tensor, but got {kind}.")
+        if features.dim() == 0 or features.shape[-1] != self.in_features:
+            hint = "" if self.projection is not None else "; for features of another width build the head with in_features="
+            raise ValueError(
+                f"Expected `features` of shape (..., {self.in_features}), but got {tuple(features.shape)}{hint}."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrdinalPromptHead:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        if self._frozen and isinstance(self.text_encoder, nn.Module):
+            self.text_encoder._apply(fn)  # type: ignore[no-untyped-call]  # as above
+        self._build_rank_values()  # .bfloat16() would round years to decades
+        if self.text_encoder is None and self._cache is not None:
+            self._keep_prototypes(fn(self._cache[1]))
+        else:
+            self._cache = None
+        return self
+
+    def _build_rank_values(self) -> None:
+        embeddings = self.prompt.rank_embeddings
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=embeddings.device)
+
+    def _keep_prototypes(self, prototypes: Tensor) -> None:
+        """Makes given prototypes those of the prompt parameters as they are now."""
+        self._cache = ([parameter.detach().clone() for parameter in self._prototype_parameters()], prototypes)
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    return before.device == now.device and before.dtype == now.dtype and torch.equal(before, now)
+
+
+def _openai_tokenizer(embed_tokens: Any) -> Callable[..., Any]:
+    """open_clip's default tokenizer, for the special tokens of a model with its vocabulary."""
+    vocabulary = getattr(embed_tokens, "num_embeddings", None)
+    if vocabulary != OPENAI_VOCABULARY:
+        raise ValueError(
+            f"Expected a `tokenizer`, from which start, end and padding tokens are read: this text encoder's vocabulary "
+            f"({vocabulary}) is not that of OpenAI's CLIP ({OPENAI_VOCABULARY}). Pass "
+            "tokenizer=open_clip.get_tokenizer(model_name) or your transformers tokenizer."
+        )
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Callable[..., Any] = SimpleTokenizer()
+    return tokenizer
+
+
+def _check_ranks(ranks: int | Sequence[str]) -> tuple[str, ...] | None:
+    if isinstance(ranks, bool) or not isinstance(ranks, (int, Sequence)) or isinstance(ranks, str):
+        raise TypeError(f"Expected `ranks` to be a number of ranks or a list of their names, but got {ranks!r}.")
+    num_ranks = ranks if isinstance(ranks, int) else len(ranks)
+    if num_ranks < 2:
+        raise ValueError(f"Expected at least 2 ranks, but got {num_ranks}.")
+    return None if isinstance(ranks, int) else _check_names(ranks, "ranks")
+
+
+def _check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"Expected `{argument}` to be a list of names, but got {names!r}.")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected `{argument}` to hold strings, but got {name!r} ({type(name).__name__}).")
+        if not name.strip():
+            raise ValueError(f"Expected every name in `{argument}` to have a word, but got {name!r}.")
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"Expected distinct names in `{argument}`, but got {', '.join(map(repr, twice))} more than once.")
+    return tuple(names)
+
+
+def _check_rank_values(values: Sequence[float] | Tensor | None, num_ranks: int) -> Tensor:
+    if values is None:
+        return torch.arange(num_ranks, dtype=torch.float64)
+    values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    if values.shape != (num_ranks,):
+        raise ValueError(f"Expected {num_ranks} `rank_values` for {num_ranks} ranks, but got shape {tuple(values.shape)}.")
+    if not bool(values.isfinite().all()):
+        raise ValueError("Expected finite `rank_values`, but got NaN or infinity.")
+    if not bool((values.diff() > 0).all()):
+        raise ValueError(f"Expected strictly increasing `rank_values`, but got {values.tolist()}; sort the ranks by value.")
+    return values
+
+
+def _check_prompt_options(context: int | str, rank_position: str, interpolation: str | None) -> None:
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise ValueError(f"Expected `interpolation` to be one of {INTERPOLATIONS} or None, but got {interpolation!r}.")
+    if rank_position not in RANK_POSITIONS:
+        raise ValueError(f"Expected `rank_position` to be one of {RANK_POSITIONS}, but got {rank_position!r}.")
+    if isinstance(context, str):
+        places = context.count("{}")
+        if places > 1:
+            raise ValueError(f"Expected at most one {{}} in `context`, the rank's place, but got {places}: {context!r}.")
+        if places and rank_position != "tail":
+            raise ValueError(
+                f"The {{}} in `context` marks the rank's place already, but rank_position={rank_position!r} was given; "
+                "leave one of them away."
+            )
+    elif isinstance(context, bool) or not isinstance(context, int):
+        raise TypeError(f"Expected `context` to be a number of tokens or a text, but got {context!r}.")
+    elif context < 0:
+        raise ValueError(f"Expected `context` to be at least 0 tokens, but got {context}.")
+
+
+def _check_base_ranks(number: int, names: tuple[str, ...] | None, num_ranks: int, interpolation: str | None) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"Expected `num_base_ranks` to be an integer, but got {number!r}.")
+    if names is not None:
+        if interpolation is None:
+            raise ValueError("`base_rank_names` need interpolated ranks, but interpolation=None was given; pass `ranks`.")
+        if number not in (DEFAULT_BASE_RANKS, len(names)):
+            raise ValueError(f"Expected {number} `base_rank_names` for num_base_ranks={number}, but got {len(names)}.")
+        number = len(names)
+    elif number == DEFAULT_BASE_RANKS:
+        number = min(number, num_ranks)
+    if not 1 <= number <= num_ranks:
+        raise ValueError(f"Expected 1 to {num_ranks} base ranks for {num_ranks} ranks, but got {number}.")
+    return number
+
+
+def _check_tokens_per_rank(tokens: int | Sequence[int], num_ranks: int, interpolation: str | None) -> None:
+    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts):
+        raise ValueError(f"Expected `tokens_per_rank` to be positive integers, but got {tokens!r}.")
+    if isinstance(tokens, int):
+        return
+    if interpolation is not None:
+        raise ValueError("A count per rank in `tokens_per_rank` needs interpolation=None; interpolated ranks share one.")
+    if len(counts) != num_ranks:
+        raise ValueError(f"Expected {num_ranks} counts in `tokens_per_rank` for {num_ranks} ranks, but got {len(counts)}.")
+
+
+def _check_size(size: int | None, argument: str) -> None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"Expected `{argument}` to be a positive integer, but got {size!r}.")
+
+
+def _check_log_scale(log_scale: float | None) -> float | None:
+    if log_scale is not None and not abs(log_scale) <= math.log(1e4):
+        raise ValueError(
+            f"Expected `logit_scale` to be the log of the factor on the cosines, but got {log_scale}; for a factor of "
+            "100 pass math.log(100)."
+        )
+    return log_scale

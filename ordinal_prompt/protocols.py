@@ -1,0 +1,91 @@
+"""Training subsets of the paper's protocols: few shots, and shifted label distributions (OrdinalCLIP, section 4.3).
+
+Both take labels and return indices into them, in ascending order, so that they fit `torch.utils.data.Subset`.  The test
+set stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Generator | None = None) -> Tensor:
+    """Indices of `shots` random samples per label; all of a label's samples where it has fewer, none twice.
+
+    Args:
+        labels: (N,) integers.
+        shots: samples per label, at least 1.
+        generator: source of randomness; default torch's global one.
+
+    Returns:
+        (≤ shots · number of labels,) int64, ascending.
+
+    Raises:
+        ValueError: no labels, labels of another shape, shots below 1.
+        TypeError: labels that are not integers.
+
+    >>> few_shot_indices([0, 0, 0, 1, 2, 2], shots=2, generator=torch.Generator().manual_seed(0)).tolist()
+    [0, 1, 3, 4, 5]
+    """
+    labels = _labels(labels)
+    if shots < 1:
+        raise ValueError(f"Expected `shots` to be at least 1, but got {shots}.")
+    return _keep(labels, {label: shots for label in labels.unique().tolist()}, generator)
+
+
+def label_shift_indices(
+    labels: Tensor | Sequence[int], num_labels: int, keep: float, generator: Generator | None = None
+) -> Tensor:
+    """Indices of a training set whose most frequent labels have become rare.
+
+    The `num_labels` most frequent labels keep max(⌊n · keep⌋, 1) of their n samples, the others all; of equally
+    frequent labels the smaller goes first.
+
+    Args:
+        labels: (N,) integers.
+        num_labels: how many labels lose samples (the paper: 10, 20, 30, 40).
+        keep: share that they keep, in (0, 1] (the paper: 0.2, 0.1).
+        generator: source of randomness; default torch's global one.
+
+    Returns:
+        (≤ N,) int64, ascending.
+
+    Raises:
+        ValueError: no labels, labels of another shape, a number of labels below 0 or above those that occur, a share
+            outside (0, 1].
+        TypeError: labels that are not integers.
+
+    >>> label_shift_indices([0, 0, 0, 0, 1, 2], num_labels=1, keep=0.5, generator=torch.Generator().manual_seed(0))
+    tensor([1, 2, 4, 5])
+    """
+    labels = _labels(labels)
+    values, counts = labels.unique(return_counts=True)
+    if not 0 <= num_labels <= len(values):
+        raise ValueError(f"Expected `num_labels` in 0…{len(values)}, the labels that occur, but got {num_labels}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"Expected `keep` in (0, 1], but got {keep}.")
+    frequent = counts.sort(descending=True, stable=True).indices[:num_labels]
+    kept = {int(values[i]): max(math.floor(int(counts[i]) * keep + 1e-9), 1) for i in frequent}
+    return _keep(labels, kept, generator)
+
+
+def _keep(labels: Tensor, limits: dict[int, int], generator: Generator | None) -> Tensor:
+    order = torch.randperm(len(labels), generator=generator)
+    kept = []
+    for label in labels.unique().tolist():
+        of_label = order[labels[order] == label]
+        kept.append(of_label[: limits.get(label, len(of_label))])
+    return torch.cat(kept).sort().values
+
+
+def _labels(labels: Tensor | Sequence[int]) -> Tensor:
+    labels = torch.as_tensor(labels).cpu()
+    if labels.dim() != 1 or len(labels) == 0:
+        raise ValueError(f"Expected `labels` to be a sequence of at least one label, but got shape {tuple(labels.shape)}.")
+    if labels.is_floating_point():
+        raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
+    return labels

@@ -1,0 +1,101 @@
+"""What a tokenizer puts around a text: start, end and padding ids, the full stop, and the ids of a text's own words.
+
+Any tokenizer will do that maps texts to token ids: open_clip's, those of transformers, or a function
+`list[str] -> (N, L) ids`.  Nothing is assumed of the special ids: they are read off what the tokenizer returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class PromptTokenizer:
+    """Splits a tokenizer's output into start, words, end and padding.
+
+    Args:
+        tokenizer: a callable from a list of N texts to padded token ids (N, L), or a transformers tokenizer.
+
+    Attributes:
+        start: ids before the words of every text (start of text; none for T5-like tokenizers).
+        end: ids after them (end of text).
+        padding: id of the padding.
+        full_stop: ids of "." at the end of a sentence; empty where the tokenizer removes punctuation.
+        stand_in: an ordinary id, for positions whose embedding is learned.
+
+    >>> import open_clip
+    >>> tokens = PromptTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+    >>> tokens.start, tokens.end, tokens.padding, tokens.full_stop
+    ((49406,), (49407,), 0, (269,))
+    >>> tokens.words("a photo of a dog")
+    (320, 1125, 539, 320, 1929)
+    """
+
+    def __init__(self, tokenizer: Callable[..., Any]) -> None:
+        if not callable(tokenizer):
+            raise TypeError(
+                f"Expected `tokenizer` to be callable (texts -> token ids), but got {type(tokenizer).__name__}; pass "
+                "open_clip.get_tokenizer(model_name) or the tokenizer of your transformers model."
+            )
+        self._tokenizer = tokenizer
+        self._keywords = {"context_length": 1024} if _accepts(tokenizer, "context_length") else {}
+        empty, word = self._row(""), self._row("one")
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if not isinstance(pad, int):  # a padded row ends in padding
+            pad = empty[-1] if empty else 0
+        self.padding = pad
+        self.start = tuple(empty[: _common_prefix(empty, word)])
+        self.end = self._strip(empty[len(self.start) :])
+        if not self.end and len(empty) > len(self.start):  # end of text and padding share one id
+            self.end = (pad,)
+        words = self.words("one")
+        if not words:
+            raise ValueError(f"Expected the tokenizer to give ids for 'one', but got only special ids: {word[:8]}.")
+        self.stand_in = words[-1]
+        self.full_stop = self.continuation("one", "one.") or ()
+
+    def words(self, text: str) -> tuple[int, ...]:
+        """Ids of a text without the special ids around it; underscores count as blanks."""
+        row = self._row(text.replace("_", " "))
+        body = self._strip(row[len(self.start) :])
+        end = self.end if self.end != (self.padding,) or body[-1:] == self.end else ()
+        return body[: len(body) - len(end)] if end and body[-len(end) :] == end else body
+
+    def continuation(self, before: str, text: str) -> tuple[int, ...] | None:
+        """Ids that `text` adds to its own beginning `before`; None where the ids of `before` change in company."""
+        head, whole = self.words(before), self.words(text)
+        return whole[len(head) :] if whole[: len(head)] == head else None
+
+    def follow(self, before: str, text: str) -> tuple[int, ...]:
+        """Ids of `text` as words that follow the words of `before` (its own ids where the two cannot be told apart).
+
+        Byte-level and sentence-piece tokenizers give a word other ids inside a sentence than at its start.
+        """
+        joint = self.continuation(before, f"{before} {text}") if before.strip() else None
+        return self.words(text) if joint is None else joint
+
+    def _row(self, text: str) -> list[int]:
+        ids = self._tokenizer([text], **self._keywords)
+        if not isinstance(ids, torch.Tensor):
+            ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+        return [int(i) for i in ids[0]]
+
+    def _strip(self, ids: Sequence[int]) -> tuple[int, ...]:
+        stop = len(ids)
+        while stop and ids[stop - 1] == self.padding:
+            stop -= 1
+        return tuple(ids[:stop])
+
+
+def _accepts(function: Callable[..., Any], keyword: str) -> bool:
+    try:
+        return keyword in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

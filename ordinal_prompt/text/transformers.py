@@ -1,0 +1,121 @@
+"""Text encoders of transformers, given directly or inside open_clip's `HFTextEncoder`.
+
+They run through their own forward on token ids, with the prompts in place of the token embedding: positions, masks,
+poolers and projections are the model's own, whatever they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ordinal_prompt.text.prompts import Prompts
+from ordinal_prompt.text.towers import TextHalf, text_half
+
+POOLINGS = ("mean", "cls")
+_IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
+
+
+def is_transformers_text(model: nn.Module) -> bool:
+    """Whether the module is a text model of transformers (or an image-text model that holds one)."""
+    return hasattr(model, "config") and hasattr(model, "get_input_embeddings") and hasattr(model.config, "model_type")
+
+
+def is_hf_text_encoder(model: nn.Module) -> bool:
+    """Whether the module is open_clip's `HFTextEncoder`."""
+    return all(hasattr(model, name) for name in ("transformer", "pooler", "proj", "config"))
+
+
+def hf_text_encoder(encoder: nn.Module, trainable: bool = False) -> nn.Module:
+    """The text encoder of open_clip's `HFTextEncoder`, which masks padding: sequences end with the longest prompt."""
+    table = token_embedding(encoder.transformer).weight
+    half = text_half(encoder, table, trainable=trainable)
+    return TextHalf(half, table.shape[1], encoder.output_dim, _context_length(encoder.config), cut=True)
+
+
+@dataclass(frozen=True)
+class TransformersTextEncoder:
+    """A text model of transformers, and how its tokens become one feature.
+
+    `OrdinalPromptHead(TransformersTextEncoder(bert, pooling="cls"), ranks, tokenizer=tokenizer)` pools the first token;
+    the bare model in its place means mean pooling.
+
+    Args:
+        model: a BERT-like encoder, a CLIP or SigLIP text model, or an image-text model, whose text half is taken.
+        pooling: `"mean"` over the tokens that are not padding, or `"cls"` (the first token); of no effect where the
+            model defines its own text feature (`text_embeds`, the pooled output of CLIP and SigLIP text models).
+
+    Raises:
+        ValueError: unknown pooling.
+    """
+
+    model: nn.Module
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"Expected `pooling` to be one of {POOLINGS}, but got {self.pooling!r}.")
+
+
+class TransformersHalf(TextHalf):
+    """Runs the text half of a transformers model on prompts; see `TransformersTextEncoder` for the arguments."""
+
+    def __init__(self, model: nn.Module, pooling: str = "mean", trainable: bool = False) -> None:
+        config: Any = getattr(model.config, "text_config", model.config)
+        table = token_embedding(model).weight
+        half = text_half(model, table, _IMAGE_HALF, trainable)
+        # SigLIP was trained without a padding mask: every text is padded to the full length.
+        cut = "siglip" not in config.model_type
+        super().__init__(half, table.shape[1], 0, _context_length(config), cut)
+        self.pooling = pooling
+        self.own_pooling = "clip" in config.model_type or "siglip" in config.model_type
+        self.embed_dim = self._feature_size(table)
+
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""
+        run: Any = getattr(self.tower, "get_text_features", self.tower)
+        output = run(input_ids=ids, **({"attention_mask": mask.long()} if self.cut else {}))
+        if isinstance(output, Tensor):
+            return output
+        if getattr(output, "text_embeds", None) is not None:
+            features: Tensor = output.text_embeds
+        elif self.own_pooling:
+            features = output.pooler_output
+        elif self.pooling == "cls":
+            features = output.last_hidden_state[:, 0]
+        else:
+            weights = mask.to(output.last_hidden_state.dtype)[..., None]
+            features = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1)
+        return features
+
+    @torch.no_grad()
+    def _feature_size(self, table: Tensor) -> int:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=table.device)
+        row = table[:1]
+        lengths = torch.ones(1, dtype=torch.long, device=table.device)
+        return self.encode(Prompts(row, row[None], lengths, row[0], ids, 0)).shape[-1]
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The model itself, or the encoder of an encoder-decoder."""
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        get_encoder: Any = model.get_encoder
+        encoder: nn.Module = get_encoder()
+        return encoder
+    return model
+
+
+def token_embedding(model: nn.Module) -> Any:
+    """The module that embeds the token ids of a transformers model (of its text half)."""
+    half: Any = text_model(model.text_model if hasattr(model, "vision_model") else model)
+    return half.get_input_embeddings()
+
+
+def _context_length(config: Any) -> int:
+    """The most tokens of a text; RoBERTa-like models count positions from the padding id on."""
+    length = getattr(config, "max_position_embeddings", None) or 512
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return int(length) - offset
