@@ -1,0 +1,296 @@
+"""Prompts that hold plain text give the features of the model's own `encode_text`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TEXT, VISION, shaken, tiny_clip
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ordinal_prompt as op
+
+NAMES = ["one", "two or three", "forty-two"]
+SHRUNK = {"width": 32, "heads": 2, "layers": 2}
+
+
+def distinct_text_configs() -> dict[str, dict[str, Any]]:
+    """One open_clip model config for each kind of text tower, sizes aside, that needs no hub."""
+    kinds: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json")):
+        config = json.loads(path.read_text())
+        text = {name: value for name, value in config["text_cfg"].items() if name not in SHRUNK}
+        kind = {name: value for name, value in text.items() if name not in ("vocab_size", "hf_tokenizer_name", "mlp_ratio")}
+        key = json.dumps([kind, config.get("quick_gelu"), "multimodal_cfg" in config, config.get("custom_text")], sort_keys=True)
+        if key not in seen and "hf_model_name" not in text:
+            seen.add(key)
+            kinds[path.stem] = config
+    return kinds
+
+
+class WordTokenizer:
+    """A tokenizer as open_clip returns them for models with other vocabularies: `[start] words [end] padding…`."""
+
+    def __init__(self, length: int, start: list[int], end: list[int], padding: int) -> None:
+        self.length, self.start, self.end, self.padding = length, start, end, padding
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        rows = []
+        for text in texts:
+            words = text.replace(".", " .").replace("-", " - ").split()
+            row = self.start + [10 + sum(map(ord, word)) % 80 for word in words] + self.end
+            rows.append(row + [self.padding] * ((context_length or self.length) - len(row)))
+        return torch.tensor(rows)
+
+
+def build(config: dict[str, Any]) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """The model of a config with a shrunk text tower, and a tokenizer with the config's special ids."""
+    text = {**config["text_cfg"], **SHRUNK}
+    names_tokenizer = text.pop("hf_tokenizer_name", None)
+    text.pop("tokenizer_kwargs", None)
+    tokenizer: Any = open_clip.SimpleTokenizer(context_length=text["context_length"])
+    if names_tokenizer:
+        text["vocab_size"] = 100
+        eos = text.get("eos_id", 1)
+        start = [] if "mt5" in names_tokenizer or "SigLIP" in names_tokenizer else [3]
+        tokenizer = WordTokenizer(text["context_length"], start, [eos], 1 if eos == 2 else 0)
+    quick_gelu = config.get("quick_gelu", False)
+    if "multimodal_cfg" in config:
+        multimodal = {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        model = open_clip.CoCa(32, multimodal, text, {**VISION, "output_tokens": True}, quick_gelu)
+    elif config.get("custom_text"):
+        model = open_clip.CustomTextCLIP(32, VISION, text, quick_gelu)
+    else:
+        model = open_clip.CLIP(32, VISION, text, quick_gelu)
+    return shaken(model), tokenizer
+
+
+def own_features(model: Any, tokenizer: Callable[..., Tensor], template: str, names: list[str]) -> Tensor:
+    texts = [template.format(name) for name in names]
+    with torch.no_grad():
+        return F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
+
+
+def assert_same_features(model: nn.Module, tokenizer: Any, options: dict[str, Any], expected: Tensor) -> None:
+    head = op.OrdinalPromptHead(model, NAMES, tokenizer=tokenizer, interpolation=None, **options)
+    torch.testing.assert_close(head.prototypes().detach(), expected, rtol=0, atol=2e-5)
+
+
+KINDS = distinct_text_configs()
+
+
+def test_kinds_cover_causal_bidirectional_and_class_token_towers() -> None:
+    assert {"RN101", "ViT-B-16-SigLIP", "coca_ViT-B-32", "MobileCLIP-S1", "ViT-H-14-CLIPA"} <= {
+        name.removesuffix("-336").removesuffix("-quickgelu") for name in KINDS
+    } | {"MobileCLIP-S1", "ViT-B-16-SigLIP", "RN101"}
+    assert len(KINDS) >= 15
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_gives_the_features_of_encode_text(name: str) -> None:
+    model, tokenizer = build(KINDS[name])
+    expected = own_features(model, tokenizer, "a photo of {} people.", NAMES)
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+TOWERS = {
+    "eos pooling": {"pool_type": "eos", "eos_id": 49407},
+    "first pooling": {"pool_type": "first", "no_causal_mask": True},
+    "last pooling": {"pool_type": "last"},
+    "linear projection": {"proj_bias": True},
+    "no projection": {"proj_type": "none"},
+    "layer scale": {"ls_init_value": 0.1},
+    "bidirectional": {"no_causal_mask": True},
+    "custom blocks": {"qk_norm": True, "scale_attn_inner": True, "scale_fc": True, "scale_heads": True},
+    "class token": {"embed_cls": True},
+    "norm options": {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}},
+}
+
+
+@pytest.mark.parametrize("position", ["tail", "front", "middle"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_option_of_a_tower(tower: str, position: str, tokenizer: Any) -> None:
+    model = shaken(open_clip.CustomTextCLIP(16, VISION, {**TEXT, **TOWERS[tower]}))
+    template = {"tail": "a photo of {}.", "front": "{} a photo of.", "middle": "a {} photo of."}[position]
+    expected = own_features(model, tokenizer, template, NAMES)
+    assert_same_features(model, tokenizer, {"context": "a photo of", "rank_position": position}, expected)
+    assert_same_features(model.text, tokenizer, {"context": "a photo of", "rank_position": position}, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"correct_cls_mask": True}, {"no_causal_mask": True}])
+def test_class_token_of_prompts_that_fill_the_context(options: dict[str, bool], tokenizer: Any) -> None:
+    tower = shaken(TextTransformer(12, 49408, 16, 2, 2, output_dim=8, embed_cls=True, **options))
+    names = ["one", "two", "three four", "five six seven eight nine ten"]  # the last leaves no padding
+    ids = tokenizer([f"a photo of {name}." for name in names], context_length=12)
+    head = op.OrdinalPromptHead(tower, names, tokenizer=tokenizer, context="a photo of", interpolation=None)
+    expected = F.normalize(tower(ids), dim=-1)
+    torch.testing.assert_close(head.prototypes(), expected, rtol=0, atol=2e-5)
+
+
+def test_padding_mask(tokenizer: Any) -> None:
+    tower = shaken(TextTransformer(20, 49408, 16, 2, 2, output_dim=8, no_causal_mask=True, use_pad_mask=True))
+    head = op.OrdinalPromptHead(tower, NAMES, tokenizer=tokenizer, context="a photo of", interpolation=None)
+    ids = tokenizer([f"a photo of {name}." for name in NAMES], context_length=20)
+    torch.testing.assert_close(head.prototypes(), F.normalize(tower(ids), dim=-1), rtol=0, atol=2e-5)
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small WordPiece tokenizer as transformers has them."""
+    words = "a photo of people one two or three forty - 42 . in the".split()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join([*special, *words]))
+    return transformers.BertTokenizer(str(path))
+
+
+def bert(kind: str, **options: Any) -> nn.Module:
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig, "mpnet": transformers.MPNetConfig,
+              "electra": transformers.ElectraConfig}[kind]  # fmt: skip
+    pad = 0 if kind in ("bert", "electra") else 0
+    return shaken(transformers.AutoModel.from_config(config(**sizes, pad_token_id=pad, max_position_embeddings=40, **options)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "electra"])
+def test_transformers_encoder(kind: str, pooling: str, word_tokenizer: Any) -> None:
+    model = bert(kind)
+    inputs = word_tokenizer([f"a photo of {name} people." for name in NAMES], padding=True, return_tensors="pt")
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    expected = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+    encoder = op.text.TransformersTextEncoder(model, pooling)
+    assert_same_features(encoder, word_tokenizer, {"context": "a photo of {} people"}, F.normalize(expected, dim=-1).detach())
+    if pooling == "mean":
+        assert_same_features(model, word_tokenizer, {"context": "a photo of {} people"}, F.normalize(expected, dim=-1).detach())
+
+
+def clip_config() -> Any:
+    sizes = dict(vocab_size=49408, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                 projection_dim=12, eos_token_id=49407)  # fmt: skip
+    return transformers.CLIPTextConfig(**sizes)
+
+
+def siglip_config() -> Any:
+    sizes = dict(vocab_size=49408, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                 max_position_embeddings=24, projection_size=12)  # fmt: skip
+    return transformers.SiglipTextConfig(**sizes)
+
+
+VISION_SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=16)
+
+
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel", "SiglipTextModel", "SiglipModel"])
+def test_transformers_clip_and_siglip(kind: str, tokenizer: Any) -> None:
+    clip_like = kind.startswith("CLIP")
+    config = clip_config() if clip_like else siglip_config()
+    if kind == "CLIPModel":
+        config = transformers.CLIPConfig(text_config=config.to_dict(), vision_config=VISION_SIZES, projection_dim=12)
+    if kind == "SiglipModel":
+        config = transformers.SiglipConfig(text_config=config.to_dict(), vision_config=VISION_SIZES)
+    model = shaken(getattr(transformers, kind)(config))
+    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=77 if clip_like else 24)
+    run = getattr(model, "get_text_features", model)
+    output = run(ids)
+    features = output if isinstance(output, Tensor) else getattr(output, "text_embeds", None)
+    features = output.pooler_output if features is None else features
+    expected = F.normalize(features, dim=-1).detach()
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"])
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_hf_text_encoder_of_open_clip(pooler: str, projection: str, word_tokenizer: Any) -> None:
+    from open_clip.hf_model import HFTextEncoder
+
+    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, pad_token_id=0)  # fmt: skip
+    tower = shaken(HFTextEncoder("unused", output_dim=8, config=config, pooler_type=pooler, proj_type=projection))
+    ids = word_tokenizer([f"a photo of {name} people." for name in NAMES], padding="max_length", max_length=20,
+                         return_tensors="pt")["input_ids"]  # fmt: skip
+    expected = F.normalize(tower(ids), dim=-1).detach()
+    assert_same_features(tower, word_tokenizer, {"context": "a photo of {} people"}, expected)
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "mt5", "m2m_100"])
+def test_other_architectures_inside_hf_text_encoder(kind: str, word_tokenizer: Any) -> None:
+    from open_clip.hf_model import HFTextEncoder
+
+    config: Any = {
+        "xlm-roberta": lambda: transformers.XLMRobertaConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+        ),
+        "mt5": lambda: transformers.MT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+        "m2m_100": lambda: transformers.M2M100Config(
+            vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
+        ),
+    }[kind]()  # fmt: skip
+    tower = HFTextEncoder("unused", output_dim=8, config=config, pooler_type="mean_pooler", proj_type="linear")
+    if config.is_encoder_decoder:
+        tower.transformer = tower.transformer.encoder  # as open_clip does for named models
+    shaken(tower)
+    ids = word_tokenizer([f"a photo of {name} people." for name in NAMES], padding="max_length", max_length=20,
+                         return_tensors="pt")["input_ids"]  # fmt: skip
+    expected = F.normalize(tower(ids), dim=-1).detach()
+    assert_same_features(tower, word_tokenizer, {"context": "a photo of {} people"}, expected)
+
+
+def test_own_text_encoder() -> None:
+    class Bag:
+        """The smallest text encoder: the mean of the embeddings."""
+
+        width, embed_dim, context_length = 4, 4, 16
+
+        def __init__(self) -> None:
+            self.table = torch.randn(49408, 4)
+
+        def embed_tokens(self, ids: Tensor) -> Tensor:
+            return self.table[ids]
+
+        def encode(self, prompts: op.text.Prompts) -> Tensor:
+            return prompts.sequences()[0].mean(dim=1)
+
+    bag = Bag()
+    head = op.OrdinalPromptHead(bag, ["low", "high"], tokenizer=open_clip.get_tokenizer("ViT-B-32"), context="a", interpolation=None)
+    ids = open_clip.tokenize(["a low.", "a high."])[:, :5]
+    torch.testing.assert_close(head.prototypes(), F.normalize(bag.table[ids].mean(1), dim=-1))
+    head(torch.randn(3, 4)).sum().backward()
+    assert head.prompt.context_embeddings.grad is not None
+
+
+def test_the_callers_model_is_neither_changed_nor_copied() -> None:
+    model = tiny_clip().train()
+    before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict().items()}
+    head = op.OrdinalPromptHead(model, 5).double().train()
+    head(torch.randn(2, 12)).sum().backward()
+    assert model.training and model.transformer.training and all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and value.data_ptr() == before[name][1]
+        assert torch.equal(value, before[name][0])
+    shared = op.OrdinalPromptHead(model, 5).text_encoder
+    assert shared.tower.positional_embedding.data_ptr() == model.positional_embedding.data_ptr()
+    assert shared.tower.positional_embedding is not model.positional_embedding
+
+
+def test_only_the_text_half_without_its_table_is_kept(head: op.OrdinalPromptHead) -> None:
+    kept = [*head.text_encoder.parameters(), *head.text_encoder.buffers()]
+    assert max(p.numel() for p in kept) < 49408
+    assert not any("visual" in name for name, _ in head.text_encoder.named_modules())
+    assert head.prompt.special.shape == (4, 16)  # start, full stop, end, padding
