@@ -7,6 +7,8 @@ tower (bidirectional, other pooling) runs through its own `encode_text` on full-
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,7 @@ class CausalTextHalf(nn.Module):
         super().__init__()
         self.tower = tower
         self.width, self.embed_dim, self.context_length = _sizes(tower)
+        _run_tokens_first(tower)
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
@@ -116,6 +119,18 @@ class CausalTextHalf(nn.Module):
         mask = packed_visibility(visible, prefix)
         additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         return additive[0] if same else additive.repeat_interleave(self.tower.heads, dim=0)
+
+
+def _run_tokens_first(tower: Any) -> None:
+    """Lets the transformer work on (L, N, W) inside, which its linear layers take as one matrix.
+
+    Batch-first, `nn.MultiheadAttention` hands them a transposed view, and the products come out twice as slow.
+    """
+    attentions = [getattr(block, "attn", None) for block in tower.transformer.resblocks]
+    if getattr(tower.transformer, "batch_first", False) and all(isinstance(a, nn.MultiheadAttention) for a in attentions):
+        tower.transformer.batch_first = False
+        for attention in attentions:
+            attention.batch_first = False
 
 
 def _from_open_clip(tower: nn.Module) -> bool:

@@ -21,12 +21,12 @@ def group_size(num_prompts: int, prefix: int, suffix: int, width: int) -> int:
     """Prompts per sequence that make the text pass cheapest.
 
     A group of g costs its prefix once, P·24W² operations, and attention over P + g·S tokens, 4W·S·(P + g·S) for every
-    prompt; the sum over all groups is least at g = √(6·P·W) / S.
+    prompt; the sum over all groups is least at g = √(2·P·W) / S.
 
     >>> group_size(num_prompts=101, prefix=11, suffix=3, width=512)
-    51
+    34
     """
-    best = max(1, round(math.sqrt(6 * prefix * width) / suffix))
+    best = max(1, round(math.sqrt(2 * prefix * width) / suffix))
     return math.ceil(num_prompts / math.ceil(num_prompts / best))  # groups of equal size
 
 
