@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NORM_EPS = 1e-12
+NORM_EPS = 1e-12  # that of F.normalize
 
 
 class PrototypeLinear(nn.Linear):
@@ -25,7 +25,7 @@ class PrototypeLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(F.normalize(input, dim=-1, eps=NORM_EPS), self.weight, self.bias)
+        return F.linear(F.normalize(input, dim=-1), self.weight, self.bias)
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -52,8 +52,9 @@ def stock_layers(weight: Tensor, projection: nn.Linear | None, normalize: bool) 
     if not normalize:
         if projection is None:
             return linear_layer(weight, None)
-        bias = None if projection.bias is None else weight @ projection.bias.to(weight.dtype)
-        return linear_layer(weight @ projection.weight.to(weight.dtype), bias)
+        exact = weight.double()
+        bias = None if projection.bias is None else (exact @ projection.bias.double()).to(weight.dtype)
+        return linear_layer((exact @ projection.weight.double()).to(weight.dtype), bias)
     # As small as the norm below which features count as zero; the default would damp short features.
     norm = nn.RMSNorm(dim, eps=NORM_EPS**2 / dim, elementwise_affine=False)
     layers: list[nn.Module] = [norm, linear_layer(weight / dim**0.5, None)]
@@ -86,7 +87,7 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
         copied: nn.Module = copy.deepcopy(model, memo) if id(model) not in memo else exported[id(model)]
         return copied
     for parent in [*model.modules()]:
-        for name, child in [*parent.named_children()]:
+        for name, child in [*parent._modules.items()]:  # named_children() gives a shared child only once
             if id(child) in exported:
                 setattr(parent, name, exported[id(child)])
     return exported.get(id(model), model)

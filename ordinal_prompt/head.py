@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ordinal_prompt.decoding import decode
-from ordinal_prompt.export import NORM_EPS, PrototypeLinear, check_finite, linear_layer, stock_layers
+from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, stock_layers
 from ordinal_prompt.interpolation import INTERPOLATIONS
 from ordinal_prompt.prompt import RANK_POSITIONS, PromptLearner, write_prompts
-from ordinal_prompt.text import PromptTokenizer, adapt
+from ordinal_prompt.text import Prompts, PromptTokenizer, adapt
 
 DEFAULT_BASE_RANKS = 3
 OPENAI_VOCABULARY = 49408
@@ -183,7 +183,12 @@ class OrdinalPromptHead(nn.Module):
             longest = max(map(len, written.rank_ids))
             padded = [(*ids, *[text.padding] * (longest - len(ids))) for ids in written.rank_ids]
             names_start = torch.stack([embed(ids) for ids in padded])
-        self.prompt.start_from_text(context_start, names_start)
+        of_bases = base_names is not None
+        self.prompt.start_from_text(
+            context_start,
+            ranks=None if of_bases else names_start,
+            base_ranks=names_start if of_bases else None,
+        )
 
     def _assemble(
         self,
@@ -279,7 +284,7 @@ class OrdinalPromptHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(dtype)
             if self.normalize:
-                features = F.normalize(features, dim=-1, eps=NORM_EPS)
+                features = F.normalize(features, dim=-1)
             return F.linear(features, self.logit_scale.to(dtype).exp() * prototypes.to(dtype))
 
     def prototypes(self) -> Tensor:
@@ -400,7 +405,12 @@ class OrdinalPromptHead(nn.Module):
         normalize = "" if self.normalize else ", normalize=False"
         return f"in_features={self.in_features}, embed_dim={self.embed_dim}, num_ranks={self.num_ranks}{normalize}"
 
-    def _encode(self, prompts: Any) -> Tensor:
+    def _encode(self, prompts: Prompts) -> Tensor:
+        if self.text_encoder is None:
+            raise RuntimeError(
+                "This head was loaded without its text encoder, so that its prompts cannot change or be encoded; load it "
+                "with from_pretrained(folder, text_encoder=...)."
+            )
         features = self.text_encoder.encode(prompts)
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

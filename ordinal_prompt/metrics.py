@@ -11,8 +11,8 @@ def ordinality(prototypes: Tensor, span: int | None = None) -> float:
     """Share of neighbouring pairs of similarities that are in order: the further the rank, the less similar.
 
     With S the cosine similarities of the prototypes, the share of the cells i ≤ j ≤ K-2 with S[i, j] > S[i, j+1].
-    **Chance is near one half** (random prototypes, K = 61: 0.527), not zero: report the score beside that of random
-    prototypes of the same shape.
+    **Chance is near one half**, not zero: the cells i = j are in order by themselves, of the others random prototypes
+    have every second, which makes 1/2 + 1/K in expectation.  Report the score beside that of random prototypes.
 
     Args:
         prototypes: (K, D), of any norm; the weight of a linear classifier will do.

