@@ -61,8 +61,9 @@ class HeadOptions:
     num_base_ranks: int | None = None
     rank_position: str = "tail"
     tokens_per_rank: int = 1
-    logit_scale: float | None = None
+    logit_scale: float | str | None = None
     learn_logit_scale: bool = False
+    alignment: float = 0.0
     ce_weight: float = 1.0
     kl_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -120,9 +121,18 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="linear layer in front of the prompt heads; auto: unless the features are in CLIP's space",
     )
     group.add_argument(
-        "--logit-scale", type=float, metavar="FACTOR", help="factor on the cosines; default CLIP's own, or 100"
+        "--logit-scale",
+        type=_factor,
+        metavar="FACTOR",
+        help="factor on the cosines, or auto (prompt heads: measured from their prototypes); default CLIP's own, or 100",
     )
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
+    group.add_argument(
+        "--alignment",
+        type=float,
+        default=default.alignment,
+        help="of the prompt heads: learn a linear map near the identity in front of the prototypes; default 0, off",
+    )
     group.add_argument(
         "--ce-weight", type=float, default=default.ce_weight, help="of the prompt heads; default %(default)s"
     )
@@ -142,6 +152,15 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _context(text: str) -> int | str:
     return int(text) if text.strip().isdigit() else text
+
+
+def _factor(text: str) -> float | str:
+    if text == "auto":
+        return text
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive or auto, but got {text}")
+    return value
 
 
 def minilm_folder() -> Path:
@@ -194,7 +213,7 @@ def build_head(
         return _prompt_head(name, in_features, ranks, options, text_encoder, tokenizer, project)
     if name in ("coral", "corn"):
         return _coral(in_features, num_ranks) if name == "coral" else _corn(in_features, num_ranks)
-    scale = 100.0 if options.logit_scale is None else options.logit_scale
+    scale = options.logit_scale if isinstance(options.logit_scale, float) else 100.0
     module: Any = nn.Linear(in_features, num_ranks)
     if name == "cosine":
         module = CosineHead(in_features, num_ranks, scale, options.learn_logit_scale)
@@ -226,6 +245,8 @@ def _prompt_head(
     given: dict[str, Any] = {}
     if options.num_base_ranks is not None and name == "prompt":
         given["num_base_ranks"] = options.num_base_ranks
+    if options.alignment:
+        given["alignment"] = options.alignment
     if ranks.names is None:
         given["tokens_per_rank"] = options.tokens_per_rank
     try:
@@ -238,7 +259,9 @@ def _prompt_head(
             rank_position=options.rank_position,
             interpolation=options.interpolation if name == "prompt" else None,
             in_features=in_features if project else None,
-            logit_scale=None if options.logit_scale is None else math.log(options.logit_scale),
+            logit_scale=math.log(options.logit_scale)
+            if isinstance(options.logit_scale, float)
+            else options.logit_scale,
             learn_logit_scale=options.learn_logit_scale,
             **given,
         )

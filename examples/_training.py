@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -114,7 +115,7 @@ def parse_ranks(text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(","))
     else:
         raise UserError(f"--ranks takes a number (101), a range (16-77) or a list (1,2,5), but got {text!r}.")
-    if any(after <= before for before, after in zip(values, values[1:], strict=False)):
+    if any(after <= before for before, after in itertools.pairwise(values)):
         raise UserError(f"--ranks must be strictly increasing, but got {text!r}.")
     return values
 
@@ -768,8 +769,8 @@ def fit(
     run: nn.Module = model
     if processes.count > 1 and not finished:
         if device.type == "cuda":
-            model = run = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        run = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+            run = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        run = nn.parallel.DistributedDataParallel(run, [device.index] if device.type == "cuda" else None)
     board = _tensorboard(folder) if processes.main and not finished else None
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -900,7 +901,7 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, num_ranks: int) -> Tensor
 
 
 def quadratic_kappa(confusion: Tensor) -> float:
-    """Cohen's kappa with quadratic weights of a confusion matrix (K, K); NaN where truth and prediction are constant."""
+    """Cohen's kappa with quadratic weights of a confusion matrix (K, K); NaN where both sides are constant."""
     counts = confusion.double()
     rank = torch.arange(len(counts), dtype=torch.float64)
     weight = (rank[:, None] - rank[None, :]) ** 2

@@ -3,12 +3,13 @@
     python examples/compare_heads.py --quick                              # two minutes, offline
     python examples/compare_heads.py --data words                         # everything; hours, and can be interrupted
     python examples/compare_heads.py --data sst5 --sst5-folder data/sst5 --heads linear coral corn ours
-    python examples/compare_heads.py --data features --features mine.npz --text-encoder open_clip:ViT-B-32:laion2b_s34b_b79k
+    python examples/compare_heads.py --data features --features mine.npz --text-encoder open_clip:ViT-B-32:openai
 
-Every head gets the same budget: the same grid of learning rates, the same number of steps, and early stopping; the
-learning rate and the step are chosen on the validation part, the test part is only reported.  Each run is written to
-runs.csv when it is done, and a run that is there already is not repeated, so that an interrupted comparison goes on
-where it was.
+Every head gets the same budget: a grid of as many learning rates, the same number of steps, and early stopping; the
+learning rate and the step are chosen on the validation part, the test part is only reported.  A head states the factor
+that brings the grid to where it learns (a linear layer on unit features takes larger steps than a prompt).  Each run is
+written to runs.csv when it is done, and a run that is there already is not repeated, so that an interrupted comparison
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ import ordinal_prompt as op
 from ordinal_prompt.protocols import few_shot_indices, label_shift_indices
 
 SHOTS = ("1", "2", "4", "8", "16", "32", "64", "all")
-LEARNING_RATES = (1e-3, 5e-3, 2e-2, 1e-1)
+LEARNING_RATES = (0.02, 0.06, 0.2)
 STEPS = 300
 PATIENCE = 4
 BATCH_SIZE = 512
 METRICS = ("mae", "mae_argmax", "mae_median", "macro_mae", "accuracy", "kappa")
 PEERS = ("linear", "coral", "corn")
+INTERPOLATIONS = ("linear", "inv_prop", "normal", "piecewise")
 COLUMNS = ("data", "setting", "head", "seed", "samples", *METRICS, "val_mae", "lr", "step", "seconds")
 
 
@@ -87,25 +89,24 @@ class Head:
         module: features (N, D) to whatever its loss takes.
         loss: output and labels to a scalar.
         probabilities: output to (N, K).
-        slow: factors on the learning rate of some parameters, by the beginning of their names; the longest match counts.
+        rate: factor on the learning rate of the grid.
+        groups: module and learning rate to the parameter groups of an optimizer; by default one group.
     """
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     probabilities: Callable[[Tensor], Tensor] = lambda logits: logits.softmax(dim=-1)
-    slow: dict[str, float] = field(default_factory=dict)
+    rate: float = 1.0
+    groups: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One group for each factor, for an optimizer."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                match = max((start for start in self.slow if name.startswith(start)), key=len, default=None)
-                groups.setdefault(1.0 if match is None else self.slow[match], []).append(parameter)
-        return [{"params": parameters, "lr": learning_rate * factor} for factor, parameters in groups.items()]
+        """The parameter groups for a learning rate of the grid."""
+        if self.groups is not None:
+            return self.groups(self.module, self.rate * learning_rate)
+        return [{"params": [*self.module.parameters()], "lr": self.rate * learning_rate}]
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A head that cannot be built for the data, and why; it is left out of the comparison."""
 
 
@@ -128,7 +129,7 @@ class CosineLinear(nn.Module):
 
 def cosine(task: Task) -> Head:
     """Cosines to learnable prototypes, learnable scale, and cross-entropy."""
-    return Head(CosineLinear(task.num_features, task.num_ranks), nn.CrossEntropyLoss())
+    return Head(CosineLinear(task.num_features, task.num_ranks), nn.CrossEntropyLoss(), rate=0.3)
 
 
 def coral(task: Task) -> Head:
@@ -176,48 +177,63 @@ def soft_labels(loss: str) -> Callable[[Task], Head]:
         try:
             criterion = getattr(losses, f"{loss}Loss")(nn.CrossEntropyLoss(), task.num_ranks)
         except ValueError:  # beta: parameters are tabulated for 3 to 14 ranks
-            raise Unfit(f"dlordinal has no {loss.lower()} soft labels for {task.num_ranks} ranks") from None
+            raise UnfitError(f"dlordinal has no {loss.lower()} soft labels for {task.num_ranks} ranks") from None
         return Head(nn.Linear(task.num_features, task.num_ranks), criterion)
 
     return build
 
 
-def prompts(
-    interpolation: str | None, *, text: bool = True, names: bool = True, project: bool = False, **options: Any
-) -> Callable[[Task], Head]:
-    """A prompt head with the loss of the paper (CE + KL).
+def prompts(interpolation: str | None, *, text: bool = True, project: bool = False) -> Callable[[Task], Head]:
+    """A prompt head with the settings and the loss of the paper (CE + KL).
 
     Args:
         interpolation: of the rank embeddings; None is CoOp applied to ranks.
-        text: start the context from the data's text instead of random tokens.
-        names: start the ranks from their names, where they have any.
+        text: start the context from the data's text and the ranks from their names, where there are any, instead of
+            random tokens.
         project: a linear projection in front of the prototypes.
-        **options: of `OrdinalPromptHead`.
     """
 
     def build(task: Task) -> Head:
-        head = prompt_head(task, interpolation, text=text, names=names, project=project, **options)
-        return Head(head, op.OrdinalPromptLoss(), slow={"prompt": 0.1, "projection": 0.1})
+        head = prompt_head(task, text=text, project=project, interpolation=interpolation)
+        # In proportion to the recipe's, whose prompts learn at a tenth of the rate of everything else.
+        return Head(
+            head, op.OrdinalPromptLoss(), rate=0.015, groups=lambda head, lr: op.parameter_groups(head, lr, 1 / 3)
+        )
 
     return build
 
 
-def prompt_head(
-    task: Task, interpolation: str | None, *, text: bool, names: bool, project: bool, **options: Any
-) -> op.OrdinalPromptHead:
-    """See `prompts`."""
+def recipe(*, project: bool = False, freeze: bool = False) -> Callable[[Task], Head]:
+    """A prompt head with the settings that the library recommends.
+
+    Args:
+        project: a linear projection in front of the prototypes.
+        freeze: leave the prompts as they start, so that the prototypes are those of the rank names.
+    """
+
+    def build(task: Task) -> Head:
+        head = prompt_head(task, project=project, **op.recipe(task.rank_names or task.num_ranks))
+        head.prompt.requires_grad_(not freeze)
+        return Head(head, op.OrdinalPromptLoss(kl_weight=0), rate=0.015, groups=op.parameter_groups)
+
+    return build
+
+
+def prompt_head(task: Task, *, text: bool = True, project: bool, **options: Any) -> op.OrdinalPromptHead:
+    """See `prompts`; the options are those of `OrdinalPromptHead`."""
     head = op.OrdinalPromptHead(
         task.text_encoder,
-        task.rank_names if names and task.rank_names else task.num_ranks,
+        task.rank_names if text and task.rank_names else task.num_ranks,
         tokenizer=task.tokenizer,
         rank_values=task.rank_values,
         context=task.context if text and task.context is not None else 10,
-        interpolation=interpolation,
         in_features=task.num_features if project else None,
         **options,
     )
     if head.in_features != task.num_features:
-        raise Unfit(f"features of width {task.num_features} need a projection to the text encoder's {head.embed_dim}")
+        raise UnfitError(
+            f"features of width {task.num_features} need a projection to the text encoder's {head.embed_dim}"
+        )
     return head
 
 
@@ -232,20 +248,23 @@ HEADS: dict[str, Callable[[Task], Head]] = {
     "beta": soft_labels("Beta"),
     "binomial": soft_labels("Binomial"),
     "exponential": soft_labels("Exponential"),
-    "coop": prompts(None, text=False, names=False),
-    "coop-projected": prompts(None, text=False, names=False, project=True),
+    "coop": prompts(None, text=False),
+    "coop-projected": prompts(None, text=False, project=True),
     "names": prompts(None),
     "names-projected": prompts(None, project=True),
     **{
-        f"ours-{interpolation}{'-projected' * project}": prompts(interpolation, project=project)
+        f"prompt-{interpolation}{'-projected' * project}": prompts(interpolation, project=project)
         for project in (False, True)
-        for interpolation in ("linear", "inv_prop", "normal", "piecewise")
+        for interpolation in INTERPOLATIONS
     },
+    "ours": recipe(),
+    "ours-frozen": recipe(freeze=True),
+    "ours-projected": recipe(project=True),
 }
 CONSTANT = "constant"
 ALL_HEADS = (CONSTANT, *HEADS)
-PROMPT_HEADS = tuple(name for name in HEADS if name.startswith(("coop", "names", "ours")))
-QUICK_HEADS = (CONSTANT, "linear", "coral", "corn", "clm", "triangular", "coop", "names", "ours-linear")
+PROMPT_HEADS = tuple(name for name in HEADS if name.startswith(("coop", "names", "prompt", "ours")))
+QUICK_HEADS = (CONSTANT, "linear", "cosine", "coral", "corn", "clm", "triangular", "coop", "prompt-linear", "ours")
 
 
 def _peer(package: str, *modules: str) -> tuple[Any, ...]:
@@ -460,7 +479,7 @@ class Records:
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int]:
-    """Mean difference over the seeds that both have, half the width of its 95 % confidence interval (t), and their number."""
+    """Mean difference over the seeds that both have, half its 95 % confidence interval (t), and how many these are."""
     from scipy import stats
 
     seeds = sorted(ours.keys() & theirs.keys())
@@ -558,7 +577,7 @@ def write_tables(
 
 
 def plot(records: Records, path: Path, settings: Sequence[Setting], heads: Sequence[str], title: str) -> None:
-    """Curves of the MAE over the shots, and points for the label shifts; bars are standard deviations over the seeds."""
+    """Curves of the MAE over the shots, and points for the label shifts; bars are standard deviations over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -761,12 +780,16 @@ def parser() -> argparse.ArgumentParser:
         "--shift",
         nargs="*",
         metavar="RANKS:SHARE",
-        help="label shifts: the most frequent ranks keep a share of their samples (default: a quarter and a half of the "
+        help="label shifts: the most frequent ranks keep a share of their samples (default: a quarter and half of the "
         "ranks keep 0.1)",
     )
     what.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 2 3 4")
     what.add_argument(
-        "--ours", nargs="+", metavar="HEAD", choices=ALL_HEADS, help="heads to set against linear, CORAL and CORN"
+        "--ours",
+        nargs="+",
+        metavar="HEAD",
+        choices=ALL_HEADS,
+        help="heads to set against linear, CORAL and CORN (default: those named ours)",
     )
 
     budget = parser.add_argument_group("budget, the same for every head")
@@ -798,9 +821,9 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     args.shots = args.shots if args.shots is not None else (["4", "all"] if quick else list(SHOTS))
     args.shift = args.shift if args.shift is not None or not quick else ["2:0.1"]
     args.seeds = list(dict.fromkeys(args.seeds or ([0, 1] if quick else [0, 1, 2, 3, 4])))
-    args.lr = args.lr or ([1e-2] if quick else list(LEARNING_RATES))
+    args.lr = args.lr or ([0.06] if quick else list(LEARNING_RATES))
     args.steps = args.steps if args.steps is not None else (60 if quick else STEPS)
-    args.ours = args.ours or [head for head in args.heads if head.startswith(("ours", "names"))]
+    args.ours = args.ours or [head for head in args.heads if head.startswith("ours")]
     args.output = args.output or Path("outputs") / f"compare-{args.data}{'-quick' * quick}"
     if args.data == "sst5" and not args.sst5_folder:
         raise DataError("--data sst5 needs --sst5-folder, a folder with train.csv, dev.csv and test.csv.")
@@ -846,7 +869,7 @@ def compare(args: argparse.Namespace) -> Records:
                         if name == CONSTANT
                         else run(HEADS[name], task, indices, seed, budget, device)
                     )
-                except Unfit as reason:
+                except UnfitError as reason:
                     unfit[name] = str(reason)
                 else:
                     seconds = round(time.perf_counter() - start, 2)

@@ -8,9 +8,11 @@
 
 Data is a CSV file with the columns `path` and `label` (and `split`, if it is split already), or a folder whose
 sub-folders are the ranks (or `train`, `val` and `test` with such sub-folders).  A run that was killed goes on with the
-same command behind its last complete epoch.  Each run leaves in `OUTPUT/HEAD-seedN`: the log (`log.jsonl`, `log.csv`),
-`results.json`, `predictions.csv`, plots, and `model.pt`, the model for use: `torch.load("model.pt", weights_only=False)`,
-a plain module that needs neither the text encoder nor ordinal_prompt.
+same command behind its last complete epoch.
+
+Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`), `results.json`, `predictions.csv`, plots, and
+`model.pt`, the model for use: `torch.load("model.pt", weights_only=False)` gives a plain module that needs neither the
+text encoder nor ordinal_prompt.
 """
 
 from __future__ import annotations
@@ -58,7 +60,6 @@ from _training import (
     predict,
     rank_labels,
     read_table,
-    replacing,
     results_table,
     save_atomically,
     seed_everything,
@@ -137,9 +138,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ranks": "21",
         "resize": 0,
         "image_size": 32,
-        "epochs": 16,
-        "batch_size": 64,
-        "lr": 3e-3,
+        "epochs": 12,
+        "batch_size": 100,
+        "lr": 5e-3,
+        "prompt_lr": 1e-3,
         "optimizer": "adamw",
         "warmup": 1.0,
     },
@@ -151,7 +153,7 @@ DEMO_PHOTOS = {
     "val": ("coins", "stereo_motorcycle"),
     "test": ("china.jpg", "grass", "immunohistochemistry"),
 }
-DEMO_CONTEXT = {"blur": "how blurred the photo is, from sharp to blurred:", "jpeg": "how compressed the photo is:"}
+DEMO_CONTEXT = {"blur": "blur of the photo:", "jpeg": "compression of the photo:"}
 DEMO_RANKS = 21
 DEMO_CROP = 40
 
@@ -254,8 +256,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--demo brings its own validation and test photographs")
     if args.demo_crops < 1:
         parser.error("--demo-crops must be at least 1")
-    if args.logit_scale is not None and args.logit_scale <= 0:
-        parser.error("--logit-scale must be positive")
     return args
 
 
@@ -368,7 +368,7 @@ def keep_readable(rows: list[Row], labels: Tensor, choice: str, processes: Proce
     if not faults:
         return rows, labels, 0
     first = min(faults)
-    told = f"{len(faults)} of {len(rows)} images are missing or unreadable, the first {rows[first].content} ({faults[first]})"
+    told = f"{len(faults)} of {len(rows)} images are missing or unreadable, as {rows[first].content} ({faults[first]})"
     if choice == "refuse":
         raise UserError(f"{told}; repair them, or pass --unreadable skip.")
     processes.say(f"skipped: {told}")
@@ -550,11 +550,13 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 
 def small_network() -> nn.Module:
-    """A small convolutional network for small images, without batch statistics; features (B, 128)."""
+    """A small convolutional network for small images, without batch statistics; features (B, 64)."""
     layers: list[nn.Module] = []
-    for before, after, pool in ((3, 32, 2), (32, 64, 2), (64, 128, 2)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.ReLU(), nn.MaxPool2d(pool)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    width = 3
+    for wider in (16, 32, 64):
+        layers += [nn.Conv2d(width, wider, 3, padding=1), nn.GroupNorm(8, wider), nn.ReLU(), nn.MaxPool2d(2)]
+        width = wider
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width))
 
 
 # --------------------------------------------------------------------------------------------------------------- demo
@@ -688,9 +690,7 @@ def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: P
         model, head.loss, head.logits, train, val, values, options, processes, folder, settings, args.freeze_backbone
     )
     logits, labels = predict(model, head.logits, test, processes)
-    return _report(
-        args, model, head, fitted, logits, labels, test_set, test, data, folder, settings, processes, test_view
-    )
+    return _report(model, head, fitted, logits, labels, test_set, test, data, folder, settings, processes, test_view)
 
 
 def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, size: int, ranks: Ranks) -> Head:
@@ -748,7 +748,6 @@ def _settings(args: argparse.Namespace, name: str, seed: int, *sets: Images) -> 
 
 
 def _report(
-    args: argparse.Namespace,
     model: nn.Module,
     head: Head,
     fitted: Fitted,

@@ -11,6 +11,7 @@ from ordinal_prompt.export import PrototypeLinear, export_heads
 from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.metrics import ordinality
+from ordinal_prompt.recipes import parameter_groups, recipe
 
 __version__ = "0.1.0"
 
@@ -22,7 +23,9 @@ __all__ = [
     "export_heads",
     "losses",
     "ordinality",
+    "parameter_groups",
     "protocols",
+    "recipe",
     "replace_head",
     "text",
 ]

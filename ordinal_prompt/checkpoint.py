@@ -42,6 +42,7 @@ def save(head: Any, folder: Path) -> None:
         "in_features": None if head.projection is None else head.in_features,
         "normalize": head.normalize,
         "learn_logit_scale": head.logit_scale.requires_grad,
+        "alignment": head.alignment_scale,
         "freeze_text_encoder": head._frozen,
         "dtype": str(prompt.rank_embeddings.dtype).removeprefix("torch."),
     }
@@ -93,6 +94,7 @@ def load(cls: type[Any], folder: Path, text_encoder: Any) -> Any:
         normalize=config["normalize"],
         log_scale=None,
         learn_logit_scale=config["learn_logit_scale"],
+        alignment=config["alignment"],
         freeze_text_encoder=encoder is None or config["freeze_text_encoder"],
     )
     head._source = config["source"]

@@ -22,7 +22,8 @@ from ordinal_prompt.text import Prompts, PromptTokenizer, adapt
 
 DEFAULT_BASE_RANKS = 3
 OPENAI_VOCABULARY = 49408
-CLIP_LOGIT_SCALE = math.log(100)
+LOGIT_SPREAD = 10.0
+MAX_FACTOR = 1e4
 
 
 class OrdinalPromptHead(nn.Module):
@@ -56,8 +57,12 @@ class OrdinalPromptHead(nn.Module):
         in_features: width of the features of a backbone outside the text encoder's space, which a linear projection
             then maps into it; default `embed_dim`, without projection.
         normalize: bring features to unit norm.
-        logit_scale: log of the factor on the cosines; default the model's own, or log 100.
+        logit_scale: log of the factor on the cosines; default the model's own; of a text encoder without one, 10 over
+            the spread of the prototypes at the start, so that ranks compete alike whatever their text encoder.
         learn_logit_scale: make `logit_scale` a learnable parameter.
+        alignment: learn a linear map I + alignment · A, A (D, D) from zero, between features and prototypes, which lets
+            the prototypes leave the text encoder's range where the data ask for it.  Exports fold it into their weight.
+            0 (the paper) leaves it out; see `ordinal_prompt.recipe`.
         freeze_text_encoder: freeze a view of the text encoder.  False trains the caller's own parameters, and makes
             them part of the state dict.
         device: where the head and its half of the text encoder live; default the text encoder's device.
@@ -67,6 +72,7 @@ class OrdinalPromptHead(nn.Module):
         prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
         logit_scale: () log of the factor on the cosines.
         projection: linear layer from `in_features` to `embed_dim`, or None.
+        alignment: (D, D) the A of the alignment, or None.
         text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict.
 
     Raises:
@@ -92,6 +98,7 @@ class OrdinalPromptHead(nn.Module):
     rank_values: Tensor
     text_encoder: Any
     projection: nn.Linear | None
+    alignment: nn.Parameter | None
 
     def __init__(
         self,
@@ -111,6 +118,7 @@ class OrdinalPromptHead(nn.Module):
         normalize: bool = True,
         logit_scale: float | None = None,
         learn_logit_scale: bool = False,
+        alignment: float = 0.0,
         freeze_text_encoder: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -124,7 +132,8 @@ class OrdinalPromptHead(nn.Module):
         num_base_ranks = _check_base_ranks(num_base_ranks, base_names, num_ranks, interpolation)
         _check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
         _check_size(in_features, "in_features")
-        log_scale = _check_log_scale(logit_scale)
+        _check_alignment(alignment)
+        _check_log_scale(logit_scale)
 
         encoder, embed_tokens, own_log_scale = adapt(text_encoder, trainable=not freeze_text_encoder)
         words = base_names or names
@@ -173,8 +182,9 @@ class OrdinalPromptHead(nn.Module):
             embed_dim=encoder.embed_dim,
             in_features=in_features,
             normalize=normalize,
-            log_scale=log_scale if log_scale is not None else own_log_scale,
+            log_scale=own_log_scale if logit_scale is None else logit_scale,
             learn_logit_scale=learn_logit_scale,
+            alignment=alignment,
             freeze_text_encoder=freeze_text_encoder,
         )
         context_start = embed(written.context_ids) if written.context_ids is not None else None
@@ -189,6 +199,8 @@ class OrdinalPromptHead(nn.Module):
             ranks=None if of_bases else names_start,
             base_ranks=names_start if of_bases else None,
         )
+        if logit_scale is None and own_log_scale is None:
+            self._measure_logit_scale()
 
     def _assemble(
         self,
@@ -201,6 +213,7 @@ class OrdinalPromptHead(nn.Module):
         normalize: bool,
         log_scale: float | None,
         learn_logit_scale: bool,
+        alignment: float,
         freeze_text_encoder: bool,
     ) -> None:
         """Puts the parts together; the constructor and `from_pretrained` differ in where these come from."""
@@ -215,11 +228,15 @@ class OrdinalPromptHead(nn.Module):
         self._cache: tuple[list[Tensor], Tensor] | None = None
         self.register_buffer("rank_values", None, persistent=False)
         self._build_rank_values()
-        scale = torch.tensor(CLIP_LOGIT_SCALE if log_scale is None else log_scale, device=device, dtype=dtype)
+        scale = torch.tensor(log_scale or 0.0, device=device, dtype=dtype)
         self.logit_scale = nn.Parameter(scale, requires_grad=learn_logit_scale)
         self.projection = None
         if in_features is not None:
             self.projection = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
+        self.alignment_scale = alignment
+        self.alignment = None
+        if alignment:
+            self.alignment = nn.Parameter(torch.zeros(embed_dim, embed_dim, device=device, dtype=dtype))
         if isinstance(text_encoder, nn.Module):
             text_encoder.to(device)
             if freeze_text_encoder:
@@ -285,7 +302,7 @@ class OrdinalPromptHead(nn.Module):
             features = features.to(dtype)
             if self.normalize:
                 features = F.normalize(features, dim=-1)
-            return F.linear(features, self.logit_scale.to(dtype).exp() * prototypes.to(dtype))
+            return F.linear(features, self._weight(prototypes.to(dtype)))
 
     def prototypes(self) -> Tensor:
         """The rank prototypes.
@@ -343,13 +360,13 @@ class OrdinalPromptHead(nn.Module):
             bias: add a bias of zeros, so that the weights load into an `nn.Linear(D, K)` that has one.
 
         Returns:
-            A new layer, weight (K, D) = exp(logit_scale) · prototypes: a `PrototypeLinear`, or with
+            A new layer, weight (K, D) = exp(logit_scale) · prototypes (times the alignment, if any): a `PrototypeLinear`, or with
             `normalize=False` exactly `nn.Linear`.
 
         Raises:
             ValueError: learned tensors that are not finite.
         """
-        weight = self._scaled_prototypes()
+        weight = self._exported_weight()
         zeros = torch.zeros_like(weight[:, 0]) if bias else None
         return linear_layer(weight, zeros, PrototypeLinear if self.normalize else nn.Linear)
 
@@ -365,7 +382,7 @@ class OrdinalPromptHead(nn.Module):
         """
         if self.projection is not None:
             check_finite(projection_weight=self.projection.weight, projection_bias=self.projection.bias)
-        return stock_layers(self._scaled_prototypes(), self.projection, self.normalize)
+        return stock_layers(self._exported_weight(), self.projection, self.normalize)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
@@ -434,16 +451,31 @@ class OrdinalPromptHead(nn.Module):
         self._keep_prototypes(prototypes)
         return prototypes
 
-    def _scaled_prototypes(self) -> Tensor:
+    def _weight(self, prototypes: Tensor) -> Tensor:
+        """(K, D) weight of the linear map from features to logits."""
+        weight = self.logit_scale.to(prototypes.dtype).exp() * prototypes
+        if self.alignment is not None:
+            weight = weight + self.alignment_scale * (weight @ self.alignment.to(prototypes.dtype))
+        return weight
+
+    @torch.no_grad()
+    def _measure_logit_scale(self) -> None:
+        prototypes = self._cached_prototypes()
+        spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+        self.logit_scale.copy_((LOGIT_SPREAD / spread).clamp(max=MAX_FACTOR).log())
+
+    @torch.no_grad()
+    def _exported_weight(self) -> Tensor:
         prompt = self.prompt
         check_finite(
             context_embeddings=prompt.context_embeddings,
             rank_embeddings=prompt.rank_embeddings,
             logit_scale=self.logit_scale,
+            alignment=self.alignment,
         )
         prototypes = self._cached_prototypes()
         check_finite(prototypes=prototypes)
-        return self.logit_scale.detach().to(prototypes.dtype).exp() * prototypes
+        return self._weight(prototypes)
 
     def _projection_dtype(self, features: Tensor) -> torch.dtype:
         assert self.projection is not None
@@ -589,10 +621,14 @@ def _check_size(size: int | None, argument: str) -> None:
         raise ValueError(f"Expected `{argument}` to be a positive integer, but got {size!r}.")
 
 
-def _check_log_scale(log_scale: float | None) -> float | None:
-    if log_scale is not None and not abs(log_scale) <= math.log(1e4):
+def _check_log_scale(log_scale: float | None) -> None:
+    if log_scale is not None and not abs(log_scale) <= math.log(MAX_FACTOR):
         raise ValueError(
             f"Expected `logit_scale` to be the log of the factor on the cosines, but got {log_scale}; for a factor of "
             "100 pass math.log(100)."
         )
-    return log_scale
+
+
+def _check_alignment(alignment: float) -> None:
+    if not 0 <= alignment < math.inf:
+        raise ValueError(f"Expected `alignment` to be finite and not negative, but got {alignment}.")

@@ -87,11 +87,11 @@ def assert_same_features(model: nn.Module, tokenizer: Any, options: dict[str, An
 KINDS = distinct_text_configs()
 
 
-def test_kinds_cover_causal_bidirectional_and_class_token_towers() -> None:
-    assert {"RN101", "ViT-B-16-SigLIP", "coca_ViT-B-32", "MobileCLIP-S1", "ViT-H-14-CLIPA"} <= {
-        name.removesuffix("-336").removesuffix("-quickgelu") for name in KINDS
-    } | {"MobileCLIP-S1", "ViT-B-16-SigLIP", "RN101"}
-    assert len(KINDS) >= 15
+def test_the_kinds_are_many() -> None:
+    texts = [config["text_cfg"] for config in KINDS.values()]
+    for option in ("no_causal_mask", "embed_cls", "pool_type", "proj_bias"):
+        assert any(text.get(option) for text in texts), option
+    assert len(KINDS) >= 9
 
 
 @pytest.mark.parametrize("name", KINDS)
