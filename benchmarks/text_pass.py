@@ -124,7 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[5, 101, 1000], help="numbers of ranks K")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each way; the least time counts")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory, measured in processes of their own")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave out the memory, measured in processes of their own"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     print("ViT-B/32-sized text encoder, 10 context tokens, float32, 2 threads; forward + backward")
@@ -142,7 +144,11 @@ def main() -> None:
         for name in steps:
             memory = "" if arguments.no_memory or name == "floor" else f"{peak_memory(ranks, name):.0f}"
             ratio = f"{least['plain'] / least[name]:.1f}" if "plain" in least else ""
-            difference = "" if name == "floor" else f"{(results[name] - results['cut']).abs().max() / results['cut'].abs().max():.1e}"
+            difference = (
+                ""
+                if name == "floor"
+                else f"{(results[name] - results['cut']).abs().max() / results['cut'].abs().max():.1e}"
+            )
             print(
                 f"{ranks:>5}  {name:<7}{least[name]:>9.3f}{statistics.median(times[name]):>9.3f}{ratio:>11}"
                 f"{least[name] / least['floor']:>11.2f}{memory:>8}  {difference}",

@@ -61,7 +61,7 @@ class HeadOptions:
     num_base_ranks: int | None = None
     rank_position: str = "tail"
     tokens_per_rank: int = 1
-    logit_scale: float | str | None = None
+    logit_scale: float | None = None
     learn_logit_scale: bool = False
     alignment: float = 0.0
     ce_weight: float = 1.0
@@ -124,7 +124,7 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         "--logit-scale",
         type=_factor,
         metavar="FACTOR",
-        help="factor on the cosines, or auto (prompt heads: measured from their prototypes); default CLIP's own, or 100",
+        help="factor on the cosines; default the text encoder's own, or 100",
     )
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
     group.add_argument(
@@ -154,12 +154,10 @@ def _context(text: str) -> int | str:
     return int(text) if text.strip().isdigit() else text
 
 
-def _factor(text: str) -> float | str:
-    if text == "auto":
-        return text
+def _factor(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive or auto, but got {text}")
+        raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
     return value
 
 
@@ -175,7 +173,9 @@ def load_text_encoder(name: str, pretrained: str | None) -> tuple[nn.Module, Cal
     """A text encoder and its tokenizer; see `--clip` for the names."""
     if name == "minilm" or name.startswith("transformers:"):
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         source = str(minilm_folder()) if name == "minilm" else name.removeprefix("transformers:")
         with needs_network(source, "pass --clip transformers:FOLDER with a folder on disk"):
             try:
@@ -213,7 +213,7 @@ def build_head(
         return _prompt_head(name, in_features, ranks, options, text_encoder, tokenizer, project)
     if name in ("coral", "corn"):
         return _coral(in_features, num_ranks) if name == "coral" else _corn(in_features, num_ranks)
-    scale = options.logit_scale if isinstance(options.logit_scale, float) else 100.0
+    scale = 100.0 if options.logit_scale is None else options.logit_scale
     module: Any = nn.Linear(in_features, num_ranks)
     if name == "cosine":
         module = CosineHead(in_features, num_ranks, scale, options.learn_logit_scale)

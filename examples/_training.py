@@ -15,12 +15,13 @@ import math
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -310,6 +311,7 @@ class Processes:
         """Prints, once for all processes."""
         if self.main:
             tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
 
     def share(self, value: Any) -> Any:
         """The main process's value."""
@@ -318,6 +320,19 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns where the main process runs it; a `UserError` there is one on every process."""
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.main:
+            try:
+                outcome = (work(), None)
+            except UserError as error:
+                outcome = (None, str(error))
+        value, error_message = self.share(outcome)
+        if error_message is not None:
+            raise UserError(error_message)
+        return value
 
     def collect(self, value: Any) -> list[Any]:
         """The values of all processes."""
@@ -374,7 +389,7 @@ def seed_everything(seed: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """The states of all generators, in types that `torch.load(weights_only=True)` reads."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
@@ -548,7 +563,7 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         UserError: a damaged file, or one of a run with other settings.
     """
-    for part in folder.glob(f".{CHECKPOINT}.*.part"):  # of a run that was killed while it wrote
+    for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
         part.unlink(missing_ok=True)
     path = folder / CHECKPOINT
     if not path.exists():
@@ -752,7 +767,7 @@ def fit(
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {"epoch": 0, "score": math.inf, "model": None}
     finished = False
-    checkpoint = processes.share(read_checkpoint(folder, settings) if processes.main else None)
+    checkpoint = processes.once(lambda: read_checkpoint(folder, settings))
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -788,7 +803,7 @@ def fit(
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 terms = loss(run(inputs), labels)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(sum(terms.values())).backward()  # type: ignore[union-attr]
+            scaler.scale(torch.stack([*terms.values()]).sum()).backward()
             if options.max_grad_norm:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)

@@ -195,7 +195,7 @@ def prompts(interpolation: str | None, *, text: bool = True, project: bool = Fal
 
     def build(task: Task) -> Head:
         head = prompt_head(task, text=text, project=project, interpolation=interpolation)
-        # In proportion to the recipe's, whose prompts learn at a tenth of the rate of everything else.
+        # With the default grid prompts learn at 1e-4, 3e-4 and 1e-3, a projection three times as fast.
         return Head(
             head, op.OrdinalPromptLoss(), rate=0.015, groups=lambda head, lr: op.parameter_groups(head, lr, 1 / 3)
         )
@@ -214,7 +214,8 @@ def recipe(*, project: bool = False, freeze: bool = False) -> Callable[[Task], H
     def build(task: Task) -> Head:
         head = prompt_head(task, project=project, **op.recipe(task.rank_names or task.num_ranks))
         head.prompt.requires_grad_(not freeze)
-        return Head(head, op.OrdinalPromptLoss(kl_weight=0), rate=0.015, groups=op.parameter_groups)
+        # With the default grid: 1e-3, 3e-3 and 1e-2; `parameter_groups` slows the prompts down.
+        return Head(head, op.OrdinalPromptLoss(kl_weight=0), rate=0.05, groups=op.parameter_groups)
 
     return build
 
@@ -608,7 +609,7 @@ def plot(records: Records, path: Path, settings: Sequence[Setting], heads: Seque
                     capsize=2,
                 )
         axis.set_xticks(range(len(names)), names)
-        axis.set_xlabel("training samples per rank" if names is curves else "label shift: frequent ranks × share kept")
+        axis.set_xlabel("training samples per rank" if names is curves else "label shift")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("test MAE (expectation)")
     axes[0][0].legend(fontsize=8)

@@ -134,6 +134,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "backbone": "small",
         "clip": "minilm",
+        "threads": 1,  # so small that more threads wait for each other
         "head": ["prompt", "linear"],
         "ranks": "21",
         "resize": 0,
@@ -179,7 +180,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="number of ranks (101), a range (16-77) or a list (1,2,5); default: the sub-folders, "
         "or all integers from the smallest label to the largest",
     )
-    group.add_argument("--rank-names", help="comma list, or a file with one name a line, from the lowest rank")
+    group.add_argument(
+        "--rank-names",
+        help="comma list, or a file with one name a line, from the lowest rank; also sets the order of sub-folders",
+    )
     group.add_argument(
         "--empty-ranks",
         choices=["refuse", "allow"],
@@ -284,9 +288,10 @@ def read_images(args: argparse.Namespace) -> tuple[list[Row], Ranks, Tensor]:
     if args.ranks:
         ranks = choose_rank_names(Ranks(parse_ranks(args.ranks)), names)
     elif folders and not all(_is_number(folder) for folder in folders):
-        ordered = sorted(folders, key=_natural)
-        ranks = Ranks(tuple(range(len(ordered))), tuple(ordered))
-        ranks = choose_rank_names(ranks, names) if not names or set(names) == set(ordered) else ranks
+        if names and set(names) != set(folders):
+            raise UserError(f"--rank-names must be the names of the sub-folders, {', '.join(map(repr, folders))}.")
+        ordered = names or tuple(sorted(folders, key=_natural))
+        ranks = Ranks(tuple(range(len(ordered))), ordered)
     elif folders:
         ranks = choose_rank_names(Ranks(tuple(sorted({int(folder) for folder in folders}))), names)
     elif names:
@@ -306,6 +311,7 @@ def _read_source(path: Path, args: argparse.Namespace) -> tuple[list[Row], list[
     inner = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not inner:
         raise UserError(f"{path} has no sub-folders; expected one for each rank.")
+    parts: list[tuple[str | None, Path]]
     if all(child.name.lower() in SPLITS for child in inner):
         parts = [(SPLITS[child.name.lower()], child) for child in inner]
     else:
@@ -340,11 +346,11 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def unreadable_images(paths: Sequence[str], quiet: bool) -> dict[int, str]:
+def unreadable_images(paths: Sequence[str]) -> dict[int, str]:
     """Index and fault of the images that cannot be decoded to their end."""
     with ThreadPoolExecutor(8) as pool:
         checked = pool.map(_fault, paths)
-        faults = list(tqdm(checked, "check images", len(paths), leave=False, disable=True if quiet else None))
+        faults = list(tqdm(checked, "check images", len(paths), leave=False, disable=None))
     return {i: fault for i, fault in enumerate(faults) if fault is not None}
 
 
@@ -364,7 +370,7 @@ def _fault(path: str) -> str | None:
 
 def keep_readable(rows: list[Row], labels: Tensor, choice: str, processes: Processes) -> tuple[list[Row], Tensor, int]:
     """The rows whose images can be read, and how many cannot; refused, or skipped and counted."""
-    faults = processes.share(unreadable_images([row.content for row in rows], False) if processes.main else None)
+    faults = processes.once(lambda: unreadable_images([row.content for row in rows]))
     if not faults:
         return rows, labels, 0
     first = min(faults)
@@ -393,8 +399,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with Image.open(self.rows[index].content) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        return self.transform(image), int(self.labels[index])
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return self.transform(upright), int(self.labels[index])
 
 
 def transforms(args: argparse.Namespace, backbone: Backbone) -> tuple[v2.Compose, v2.Compose]:
@@ -832,8 +838,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
             torch.set_num_threads(args.threads)
         with started_processes(args.device) as processes:
             if args.demo:
-                table = write_demo(args.output / "photos", args.demo_task, args.demo_crops) if processes.main else None
-                args.data = processes.share(table)
+                photos = args.output / "photos"
+                args.data = processes.once(lambda: write_demo(photos, args.demo_task, args.demo_crops))
             data = prepare_data(args, processes)
             results: dict[str, list[dict[str, Any]]] = {}
             for name in dict.fromkeys(args.head):

@@ -142,6 +142,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--pooling", choices=POOLINGS, default="mean", help="tokens to one feature; default %(default)s")
     group.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut; default %(default)s")
     group.add_argument(
+        "--dropout",
+        type=_fraction,
+        help="of the encoder while it is tuned; default its own (0: the same on 1 and 2 processes)",
+    )
+    group.add_argument(
         "--freeze-backbone", action="store_true", help="train the head alone, on features that are computed once"
     )
     add_head_arguments(parser)
@@ -182,7 +187,10 @@ def _fraction(text: str) -> float:
 
 def write_demo(folder: Path) -> tuple[Path, Ranks, str]:
     """The words as a CSV file with a split, their ranks, and a context for the prompts."""
-    words = load_words(features=False)
+    try:
+        words = load_words(features=False)
+    except DataError as error:
+        raise UserError(str(error)) from error
     values = tuple(int(value) for value in words.rank_values)
     path = folder / "words.csv"
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -294,6 +302,13 @@ def open_encoder(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def set_dropout(encoder: nn.Module, rate: float) -> None:
+    """Sets all dropout layers of a model."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -346,6 +361,8 @@ def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: P
     processes.share(None)
     seed_everything(seed)
     encoder, tokenizer = open_encoder(args.encoder)
+    if args.dropout is not None:
+        set_dropout(encoder, args.dropout)
     head = _build_head(args, name, encoder, tokenizer, data.ranks)
     backbone = nn.Identity() if args.freeze_backbone else PooledEncoder(encoder, args.pooling)
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head.module)).to(processes.device)
@@ -399,7 +416,7 @@ def _remove_run(folder: Path) -> None:
     files = "checkpoint.pt config.json log.jsonl log.csv results.json predictions.csv head.pt model.json"
     for name in (*files.split(), "confusion.png", "similarity.png", "history.png"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("encoder", "tensorboard"):
+    for name in ("encoder", ".encoder-new", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -464,7 +481,7 @@ def _export(
     save_atomically(copy.deepcopy(head.export()).cpu().eval(), folder / "head.pt")
     if not args.freeze_backbone:
         encoder: Any = model.backbone.encoder
-        whole, part = folder / "encoder", folder / ".encoder.part"
+        whole, part = folder / "encoder", folder / ".encoder-new"
         shutil.rmtree(part, ignore_errors=True)
         encoder.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -515,10 +532,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         with started_processes(args.device) as processes:
             ranks = None
             if args.demo:
-                try:
-                    demo = processes.share(write_demo(args.output) if processes.main else None)
-                except DataError as error:
-                    raise UserError(str(error)) from error
+                demo = processes.once(lambda: write_demo(args.output))
                 args.data, ranks, context = demo
                 if args.context == HeadOptions().context:
                     args.context = context

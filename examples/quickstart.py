@@ -2,8 +2,8 @@
 
 Real input, offline: 7,500 words with the mean of ten people's ratings (vaderSentiment), as eight ranks from "extremely
 negative" to "very positive".  Features are all-MiniLM-L6-v2 sentence embeddings, and the same MiniLM encodes the
-prompts; `--clip` does it with the text encoder of a CLIP instead.  A linear head and a prompt head learn from 8 words per
-rank; the words of one family never stand on both sides.
+prompts; `--clip` does it with the text encoder of a CLIP instead.  A linear head and a prompt head learn from 8 words
+per rank; the words of one family never stand on both sides.
 
     python examples/quickstart.py
     python examples/quickstart.py --clip ViT-B-32 --pretrained laion2b_s34b_b79k     # needs a hub
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ def mean_absolute_error(logits: Tensor, labels: Tensor) -> float:
     return (op.decode(logits) - labels).abs().mean().item()
 
 
-def train(head: nn.Module, loss: Callable[..., Tensor], groups: Any, shots: Part, val: Part, epochs: int, bar: Any) -> float:
-    """Trains on a few words in batches of 32; keeps the epoch that did best on validation words, and returns its error."""
+def train(
+    head: nn.Module, loss: Callable[..., Tensor], groups: Any, shots: Part, val: Part, epochs: int, bar: Any
+) -> float:
+    """Trains on a few words in batches of 32; keeps the epoch that was best on validation words, returns its error."""
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     best, best_state, best_epoch = float("inf"), head.state_dict(), 0
     for epoch in range(epochs):
@@ -66,12 +70,14 @@ def make_text_encoder(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return load_minilm()
     from ordinal_prompt.checkpoint import load_open_clip
 
-    return load_open_clip(arguments.clip, arguments.pretrained)
+    logging.disable(logging.ERROR)  # a hub that cannot be reached is reported once, below
+    try:
+        return load_open_clip(arguments.clip, arguments.pretrained)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def embed_with_clip(model: Any, tokenizer: Any, data: RankedTexts) -> RankedTexts:
-    from dataclasses import replace
-
     parts = {}
     for name, part in data.parts().items():
         rows = []
@@ -93,7 +99,9 @@ def plot(path: Path, before: Tensor, after: Tensor, predicted: Tensor, labels: T
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, prototypes, when in ((axes[0], before, "before"), (axes[1], after, "after")):
         image = axis.imshow(prototypes @ prototypes.T, cmap="viridis")
-        axis.set_title(f"similarity of rank prototypes {when} training\nordinality {op.ordinality(prototypes):.2f}", fontsize=10)
+        axis.set_title(
+            f"similarity of rank prototypes {when} training\nordinality {op.ordinality(prototypes):.2f}", fontsize=10
+        )
         axis.set_xticks(range(data.num_ranks), [f"{value:g}" for value in data.rank_values])
         axis.set_yticks(range(data.num_ranks), data.rank_names, fontsize=8)
         figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
@@ -166,17 +174,24 @@ def run(arguments: argparse.Namespace) -> None:
         size = (Path(folder) / "head.pt").stat().st_size
     text_size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"\nExported: {layer}")
-    print(f"  {'same' if same else 'OTHER'} predictions on all {len(test)} test words; largest difference of a logit {difference:.1e}")
+    print(
+        f"  {'same' if same else 'OTHER'} predictions on all {len(test)} test words; "
+        f"largest difference of a logit {difference:.1e}"
+    )
     print(f"  {size / 1e3:.0f} kB on disk; the text encoder that it no longer needs: {text_size / 1e6:.0f} MB")
     plot(arguments.plot, before, after, predicted, test.labels, data)
     print(f"  plots: {arguments.plot}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--shots", type=int, default=8, help="training words per rank")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions with other training words")
-    parser.add_argument("--epochs", type=int, default=60, help="the most epochs; validation words stop training earlier")
+    parser.add_argument(
+        "--epochs", type=int, default=40, help="the most epochs; validation words stop training earlier"
+    )
     parser.add_argument("--clip", metavar="MODEL", help="an open_clip model in the place of MiniLM (needs a hub)")
     parser.add_argument("--pretrained", metavar="TAG", help="its weights, as in open_clip.list_pretrained()")
     parser.add_argument("--plot", type=Path, default=Path("outputs/quickstart.png"), help="where the plots go")

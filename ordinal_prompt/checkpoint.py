@@ -56,7 +56,7 @@ def save(head: Any, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(cls: type[Any], folder: Path, text_encoder: Any) -> Any:
+def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
     """Builds a head from a folder; see `OrdinalPromptHead.from_pretrained`."""
     config, tensors = _read(folder)
     source = config["source"] or {}
@@ -128,7 +128,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged or no config of a prompt head: {error!r}.") from error
     if version != FORMAT:
-        raise ValueError(f"{folder} was written in format {version}, but this version reads {FORMAT}; update ordinal_prompt.")
+        raise ValueError(
+            f"{folder} was written in format {version}, but this version reads {FORMAT}; update ordinal_prompt."
+        )
     try:
         return config, load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
@@ -195,7 +197,12 @@ def _is_offline(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that a hub could not be reached."""
     while error is not None:
         if isinstance(error, ConnectionError) or type(error).__name__ in (
-            "ConnectError", "ConnectTimeout", "LocalEntryNotFoundError", "MaxRetryError", "OfflineModeIsEnabled", "URLError"
+            "ConnectError",
+            "ConnectTimeout",
+            "LocalEntryNotFoundError",
+            "MaxRetryError",
+            "OfflineModeIsEnabled",
+            "URLError",
         ):
             return True
         error = error.__cause__ or error.__context__

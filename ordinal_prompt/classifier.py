@@ -72,13 +72,13 @@ def _find(model: nn.Module) -> str:
         return candidates[0]
     if not candidates:
         raise ValueError(
-            f"Found no linear classifier in {type(model).__name__}; pass name= with the name of the module to replace, as "
-            "in model.named_modules()."
+            f"Found no linear classifier in {type(model).__name__}; pass name= with the name of the module to replace, "
+            "as in model.named_modules()."
         )
     listed = ", ".join(candidates[:MAX_LISTED]) + (", …" if len(candidates) > MAX_LISTED else "")
     raise ValueError(
-        f"Found {len(candidates)} modules in {type(model).__name__} that may be the classifier: {listed}; pass name= with "
-        "the one to replace."
+        f"Found {len(candidates)} modules in {type(model).__name__} that may be the classifier: {listed}; pass name= "
+        "with the one to replace."
     )
 
 
@@ -91,7 +91,9 @@ def _candidates(model: nn.Module) -> list[str]:
         names = [name for name in names if _submodule(model, name) is not None]
         if all(isinstance(_submodule(model, name), (nn.Linear, nn.Identity, OrdinalPromptHead)) for name in names):
             return names
-    linear = [name for name, module in model.named_modules() if name and _is_linear(module) and not _inside_head(model, name)]
+    linear = [
+        name for name, module in model.named_modules() if name and _is_linear(module) and not _inside_head(model, name)
+    ]
     groups: dict[str, str] = {}  # the module with a classifier's name: its last linear layer
     for name in linear:
         parts = name.split(".")
@@ -117,15 +119,17 @@ def _named(model: nn.Module, name: str) -> str:
     module = _submodule(model, name)
     if not name or module is None:
         known = ", ".join(_candidates(model)[:MAX_LISTED]) or "none found"
-        raise ValueError(f"{type(model).__name__} has no module named {name!r}; candidates for the classifier: {known}.")
+        raise ValueError(
+            f"{type(model).__name__} has no module named {name!r}; candidates for the classifier: {known}."
+        )
     if isinstance(module, nn.Sequential):
         linear = [leaf for leaf, layer in module.named_modules() if leaf and _is_linear(layer)]
         if len(linear) == 1:
             return f"{name}.{linear[0]}"
     if not _is_linear(module) and not isinstance(module, nn.Identity):
         raise TypeError(
-            f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__name__}; name the "
-            "linear layer itself."
+            f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__name__}; name "
+            "the linear layer itself."
         )
     return name
 
@@ -165,6 +169,6 @@ def _follow_classes(model: Any, head: nn.Module) -> None:
     for attribute in ("num_classes", "num_labels"):
         if isinstance(getattr(model, attribute, None), int):
             setattr(model, attribute, count)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if isinstance(getattr(config, "num_labels", None), int):
         config.num_labels = count

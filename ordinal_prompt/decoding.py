@@ -30,7 +30,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
     >>> import torch
     >>> logits = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
     >>> decode(logits), decode(logits, "argmax"), decode(logits, "median", values=[10, 20, 30, 40])
-    (tensor([1.3247]), tensor([1]), tensor([20.]))
+    (tensor([1.3071]), tensor([1]), tensor([20.]))
     """
     if rule not in RULES:
         raise ValueError(f"Expected `rule` to be one of {RULES}, but got {rule!r}.")

@@ -125,7 +125,7 @@ class OrdinalPromptHead(nn.Module):
     ) -> None:
         super().__init__()
         names = _check_ranks(ranks)
-        num_ranks = ranks if names is None else len(names)
+        num_ranks = ranks if isinstance(ranks, int) else len(ranks)
         values = _check_rank_values(rank_values, num_ranks)
         _check_prompt_options(context, rank_position, interpolation)
         base_names = _check_names(base_rank_names, "base_rank_names") if base_rank_names is not None else None
@@ -360,8 +360,8 @@ class OrdinalPromptHead(nn.Module):
             bias: add a bias of zeros, so that the weights load into an `nn.Linear(D, K)` that has one.
 
         Returns:
-            A new layer, weight (K, D) = exp(logit_scale) · prototypes (times the alignment, if any): a `PrototypeLinear`, or with
-            `normalize=False` exactly `nn.Linear`.
+            A new layer, weight (K, D) = exp(logit_scale) · prototypes (times the alignment, if any): a
+            `PrototypeLinear`, or with `normalize=False` exactly `nn.Linear`.
 
         Raises:
             ValueError: learned tensors that are not finite.
@@ -409,7 +409,8 @@ class OrdinalPromptHead(nn.Module):
         """
         from ordinal_prompt.checkpoint import load
 
-        return load(cls, Path(folder), text_encoder)
+        head: OrdinalPromptHead = load(cls, Path(folder), text_encoder)
+        return head
 
     def train(self, mode: bool = True) -> OrdinalPromptHead:
         """Training mode; a frozen text encoder stays in eval mode."""
@@ -425,8 +426,8 @@ class OrdinalPromptHead(nn.Module):
     def _encode(self, prompts: Prompts) -> Tensor:
         if self.text_encoder is None:
             raise RuntimeError(
-                "This head was loaded without its text encoder, so that its prompts cannot change or be encoded; load it "
-                "with from_pretrained(folder, text_encoder=...)."
+                "This head was loaded without its text encoder, so that its prompts cannot change or be encoded; load "
+                "it with from_pretrained(folder, text_encoder=...)."
             )
         features = self.text_encoder.encode(prompts)
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
@@ -440,7 +441,6 @@ class OrdinalPromptHead(nn.Module):
         encoder = [] if self._frozen else [*self.text_encoder.parameters()]
         return [*self.prompt.parameters(), *encoder]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def _cached_prototypes(self) -> Tensor:
         parameters = self._prototype_parameters()
         if self._cache is not None and all(map(_same, self._cache[0], parameters)):
@@ -487,7 +487,11 @@ class OrdinalPromptHead(nn.Module):
             kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"Expected `features` to be a floating point tensor, but got {kind}.")
         if features.dim() == 0 or features.shape[-1] != self.in_features:
-            hint = "" if self.projection is not None else "; for features of another width build the head with in_features="
+            hint = (
+                ""
+                if self.projection is not None
+                else "; for features of another width build the head with in_features="
+            )
             raise ValueError(
                 f"Expected `features` of shape (..., {self.in_features}), but got {tuple(features.shape)}{hint}."
             )
@@ -495,7 +499,7 @@ class OrdinalPromptHead(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrdinalPromptHead:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         if self._frozen and isinstance(self.text_encoder, nn.Module):
-            self.text_encoder._apply(fn)  # type: ignore[no-untyped-call]  # as above
+            self.text_encoder._apply(fn)
         self._build_rank_values()  # .bfloat16() would round years to decades
         if self.text_encoder is None and self._cache is not None:
             self._keep_prototypes(fn(self._cache[1]))
@@ -522,8 +526,8 @@ def _openai_tokenizer(embed_tokens: Any) -> Callable[..., Any]:
     vocabulary = getattr(embed_tokens, "num_embeddings", None)
     if vocabulary != OPENAI_VOCABULARY:
         raise ValueError(
-            f"Expected a `tokenizer`, from which start, end and padding tokens are read: this text encoder's vocabulary "
-            f"({vocabulary}) is not that of OpenAI's CLIP ({OPENAI_VOCABULARY}). Pass "
+            f"Expected a `tokenizer`, from which start, end and padding tokens are read: this text encoder's "
+            f"vocabulary ({vocabulary}) is not that of OpenAI's CLIP ({OPENAI_VOCABULARY}). Pass "
             "tokenizer=open_clip.get_tokenizer(model_name) or your transformers tokenizer."
         )
     from open_clip.tokenizer import SimpleTokenizer
@@ -551,7 +555,9 @@ def _check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
             raise ValueError(f"Expected every name in `{argument}` to have a word, but got {name!r}.")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise ValueError(f"Expected distinct names in `{argument}`, but got {', '.join(map(repr, twice))} more than once.")
+        raise ValueError(
+            f"Expected distinct names in `{argument}`, but got {', '.join(map(repr, twice))} more than once."
+        )
     return tuple(names)
 
 
@@ -560,11 +566,15 @@ def _check_rank_values(values: Sequence[float] | Tensor | None, num_ranks: int) 
         return torch.arange(num_ranks, dtype=torch.float64)
     values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     if values.shape != (num_ranks,):
-        raise ValueError(f"Expected {num_ranks} `rank_values` for {num_ranks} ranks, but got shape {tuple(values.shape)}.")
+        raise ValueError(
+            f"Expected {num_ranks} `rank_values` for {num_ranks} ranks, but got shape {tuple(values.shape)}."
+        )
     if not bool(values.isfinite().all()):
         raise ValueError("Expected finite `rank_values`, but got NaN or infinity.")
     if not bool((values.diff() > 0).all()):
-        raise ValueError(f"Expected strictly increasing `rank_values`, but got {values.tolist()}; sort the ranks by value.")
+        raise ValueError(
+            f"Expected strictly increasing `rank_values`, but got {values.tolist()}; sort the ranks by value."
+        )
     return values
 
 
@@ -576,7 +586,9 @@ def _check_prompt_options(context: int | str, rank_position: str, interpolation:
     if isinstance(context, str):
         places = context.count("{}")
         if places > 1:
-            raise ValueError(f"Expected at most one {{}} in `context`, the rank's place, but got {places}: {context!r}.")
+            raise ValueError(
+                f"Expected at most one {{}} in `context`, the rank's place, but got {places}: {context!r}."
+            )
         if places and rank_position != "tail":
             raise ValueError(
                 f"The {{}} in `context` marks the rank's place already, but rank_position={rank_position!r} was given; "
@@ -593,7 +605,9 @@ def _check_base_ranks(number: int, names: tuple[str, ...] | None, num_ranks: int
         raise TypeError(f"Expected `num_base_ranks` to be an integer, but got {number!r}.")
     if names is not None:
         if interpolation is None:
-            raise ValueError("`base_rank_names` need interpolated ranks, but interpolation=None was given; pass `ranks`.")
+            raise ValueError(
+                "`base_rank_names` need interpolated ranks, but interpolation=None was given; pass `ranks`."
+            )
         if number not in (DEFAULT_BASE_RANKS, len(names)):
             raise ValueError(f"Expected {number} `base_rank_names` for num_base_ranks={number}, but got {len(names)}.")
         number = len(names)
@@ -611,9 +625,13 @@ def _check_tokens_per_rank(tokens: int | Sequence[int], num_ranks: int, interpol
     if isinstance(tokens, int):
         return
     if interpolation is not None:
-        raise ValueError("A count per rank in `tokens_per_rank` needs interpolation=None; interpolated ranks share one.")
+        raise ValueError(
+            "A count per rank in `tokens_per_rank` needs interpolation=None; interpolated ranks share one."
+        )
     if len(counts) != num_ranks:
-        raise ValueError(f"Expected {num_ranks} counts in `tokens_per_rank` for {num_ranks} ranks, but got {len(counts)}.")
+        raise ValueError(
+            f"Expected {num_ranks} counts in `tokens_per_rank` for {num_ranks} ranks, but got {len(counts)}."
+        )
 
 
 def _check_size(size: int | None, argument: str) -> None:

@@ -49,11 +49,14 @@ class PromptText:
         return len(self.start) + self.num_context + max(self.rank_tokens) + len(self.end)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> PromptText:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        """The inverse of `to_dict`, also of what JSON makes of it."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def write_prompts(
         rank_ids = tuple(tokens.follow(before, name.replace("_", " ")) for name in names)
         for name, ids in zip(names, rank_ids, strict=True):
             if not ids:
-                raise ValueError(f"Expected every rank name to have a token, but the tokenizer gives none for {name!r}.")
+                raise ValueError(
+                    f"Expected every rank name to have a token, but the tokenizer gives none for {name!r}."
+                )
         counts = tuple(len(ids) for ids in rank_ids)
     else:
         counts = (tokens_per_rank,) if isinstance(tokens_per_rank, int) else tuple(tokens_per_rank)
@@ -287,7 +292,9 @@ class PromptLearner(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        kind = f"{self.interpolation}, {self.num_base_ranks} base ranks" if self.interpolation else "free rank embeddings"
+        kind = (
+            f"{self.interpolation}, {self.num_base_ranks} base ranks" if self.interpolation else "free rank embeddings"
+        )
         return f"{self.num_ranks} ranks, {self.text.num_context} context tokens, {kind}"
 
 

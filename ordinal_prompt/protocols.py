@@ -29,12 +29,12 @@ def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Gene
         TypeError: labels that are not integers.
 
     >>> few_shot_indices([0, 0, 0, 1, 2, 2], shots=2, generator=torch.Generator().manual_seed(0)).tolist()
-    [0, 1, 3, 4, 5]
+    [0, 2, 3, 4, 5]
     """
     labels = _labels(labels)
     if shots < 1:
         raise ValueError(f"Expected `shots` to be at least 1, but got {shots}.")
-    return _keep(labels, {label: shots for label in labels.unique().tolist()}, generator)
+    return _keep(labels, dict.fromkeys(labels.unique().tolist(), shots), generator)
 
 
 def label_shift_indices(
@@ -60,7 +60,7 @@ def label_shift_indices(
         TypeError: labels that are not integers.
 
     >>> label_shift_indices([0, 0, 0, 0, 1, 2], num_labels=1, keep=0.5, generator=torch.Generator().manual_seed(0))
-    tensor([1, 2, 4, 5])
+    tensor([2, 3, 4, 5])
     """
     labels = _labels(labels)
     values, counts = labels.unique(return_counts=True)
@@ -85,7 +85,9 @@ def _keep(labels: Tensor, limits: dict[int, int], generator: Generator | None) -
 def _labels(labels: Tensor | Sequence[int]) -> Tensor:
     labels = torch.as_tensor(labels).cpu()
     if labels.dim() != 1 or len(labels) == 0:
-        raise ValueError(f"Expected `labels` to be a sequence of at least one label, but got shape {tuple(labels.shape)}.")
+        raise ValueError(
+            f"Expected `labels` to be a sequence of at least one label, but got shape {tuple(labels.shape)}."
+        )
     if labels.is_floating_point():
         raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
     return labels

@@ -17,7 +17,13 @@ from ordinal_prompt.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 OPTIONS: list[dict[str, Any]] = [
     {"ranks": 5},
     {"ranks": ["low", "middling high", "high"], "interpolation": None, "context": "a photo of {} quality"},
-    {"ranks": 4, "rank_values": [1, 2, 4, 8], "rank_specific_context": True, "in_features": 7, "learn_logit_scale": True},
+    {
+        "ranks": 4,
+        "rank_values": [1, 2, 4, 8],
+        "rank_specific_context": True,
+        "in_features": 7,
+        "learn_logit_scale": True,
+    },
     {"ranks": 4, "normalize": False, "interpolation": "piecewise", "num_base_ranks": 2, "dtype": torch.float64},
 ]
 
@@ -118,7 +124,9 @@ def test_weights_of_another_config(head: op.OrdinalPromptHead, clip: Any, tmp_pa
         op.OrdinalPromptHead.from_pretrained(tmp_path, clip)
 
 
-def test_a_failed_save_leaves_the_old_one(head: op.OrdinalPromptHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_one(
+    head: op.OrdinalPromptHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

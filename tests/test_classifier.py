@@ -13,10 +13,18 @@ from torch import nn
 
 import ordinal_prompt as op
 
-TIMM = ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "swin_tiny_patch4_window7_224"]
+TIMM = [
+    "resnet18",
+    "vit_tiny_patch16_224",
+    "convnext_atto",
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "swin_tiny_patch4_window7_224",
+]
 TORCHVISION = {
     "resnet18": "fc", "vgg11": "classifier.6", "alexnet": "classifier.6", "mobilenet_v3_small": "classifier.3",
-    "vit_b_32": "heads.head", "convnext_tiny": "classifier.2", "densenet121": "classifier", "efficientnet_b0": "classifier.1",
+    "vit_b_32": "heads.head", "convnext_tiny": "classifier.2", "densenet121": "classifier",
+    "efficientnet_b0": "classifier.1",
     "swin_t": "head", "googlenet": "fc", "inception_v3": "fc", "shufflenet_v2_x0_5": "fc",
 }  # fmt: skip
 
@@ -45,18 +53,24 @@ def test_timm_without_classifier() -> None:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name: str) -> None:
     with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None, **({"init_weights": False} if name in ("googlenet", "inception_v3") else {}))
+        model = torchvision.models.get_model(
+            name, weights=None, **({"init_weights": False} if name in ("googlenet", "inception_v3") else {})
+        )
         head = nn.Linear(at(model, TORCHVISION[name]).in_features, 5)
     op.replace_head(model, head)
     assert at(model, TORCHVISION[name]) is head
 
 
-SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "ViT", "DistilBert"])
 def test_transformers(kind: str) -> None:
-    config = getattr(transformers, f"{kind}Config")(**SIZES) if kind != "DistilBert" else transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    config = (
+        getattr(transformers, f"{kind}Config")(**SIZES)
+        if kind != "DistilBert"
+        else transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    )
     model_kind = "ForImageClassification" if kind == "ViT" else "ForSequenceClassification"
     model = getattr(transformers, kind + model_kind)(config)
     head = nn.Linear(16, 5)
@@ -113,7 +127,10 @@ def test_several_candidates_are_listed() -> None:
 
 def test_a_width_that_does_not_fit(clip: Any) -> None:
     model = torchvision.models.resnet18()
-    with pytest.raises(ValueError, match=r"width 512, which is what ResNet.fc takes, but this one takes 12; build it with in_features=512"):
+    with pytest.raises(
+        ValueError,
+        match=r"width 512, which is what ResNet.fc takes, but this one takes 12; build it with in_features=512",
+    ):
         op.replace_head(model, op.OrdinalPromptHead(clip, 5))
     assert model.fc.out_features == 1000  # nothing changed
 

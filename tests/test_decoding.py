@@ -68,7 +68,9 @@ def test_chance_is_near_one_half() -> None:
     assert sum(scores) / len(scores) == pytest.approx(1 / 2 + 1 / 61, abs=0.01)
 
 
-@pytest.mark.parametrize(("shape", "span", "match"), [((1, 4), None, "K at least 2"), ((4,), None, "shape"), ((4, 4), 0, "at least 1")])
+@pytest.mark.parametrize(
+    ("shape", "span", "match"), [((1, 4), None, "K at least 2"), ((4,), None, "shape"), ((4, 4), 0, "at least 1")]
+)
 def test_bad_prototypes(shape: tuple[int, ...], span: int | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         op.ordinality(torch.randn(shape), span)
@@ -93,7 +95,8 @@ def test_label_shift(labels: list[int], num_labels: int, keep: float) -> None:
     indices = label_shift_indices(labels, num_labels, keep).tolist()
     frequent = sorted(all_counts, key=lambda label: (-all_counts[label], label))[:num_labels]
     expected = {
-        label: max(int(round(count * keep, 6)), 1) if label in frequent else count for label, count in all_counts.items()
+        label: max(int(round(count * keep, 6)), 1) if label in frequent else count
+        for label, count in all_counts.items()
     }
     assert Counter(labels[i] for i in indices) == expected
     assert indices == sorted(set(indices))

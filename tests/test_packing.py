@@ -23,7 +23,9 @@ TOWERS: dict[str, nn.Module] = {
     "clip": tiny_clip(context_length=40),
     "eos": shaken(open_clip.CustomTextCLIP(8, VISION, {**TEXT, "pool_type": "eos", "eos_id": 49407})).text,
     "class token": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True)),
-    "correct class token": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True, correct_cls_mask=True)),
+    "correct class token": shaken(
+        TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True, correct_cls_mask=True)
+    ),
     "custom blocks": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, qk_norm=True, scale_attn=True)),
 }
 
@@ -74,7 +76,9 @@ def test_packed_equals_full_sequences(
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 20])
 def test_any_group_size_gives_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = op.OrdinalPromptHead(TOWERS["class token"], 7, tokenizer=None, interpolation=None, tokens_per_rank=[1, 2, 3, 1, 2, 3, 1])
+    head = op.OrdinalPromptHead(
+        TOWERS["class token"], 7, tokenizer=None, interpolation=None, tokens_per_rank=[1, 2, 3, 1, 2, 3, 1]
+    )
     expected = head.prototypes()
     monkeypatch.setattr("ordinal_prompt.text.open_clip.group_size", lambda *_: group)
     torch.testing.assert_close(head.prototypes(), expected)

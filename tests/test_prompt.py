@@ -23,7 +23,13 @@ def weights_one_by_one(positions: list[float], bases: list[float], kind: str) ->
         row = []
         for base in bases:
             distance = torch.tensor(abs(position - base), dtype=torch.float64)
-            row.append({"linear": 1 - distance / length, "inv_prop": 1 / (distance + 1e-5), "normal": torch.exp(-(distance**2))}[kind])
+            row.append(
+                {
+                    "linear": 1 - distance / length,
+                    "inv_prop": 1 / (distance + 1e-5),
+                    "normal": torch.exp(-(distance**2)),
+                }[kind]
+            )
         rows.append(torch.stack(row) / sum(row))
     return torch.stack(rows)
 
@@ -57,7 +63,9 @@ def test_linear_does_not_pass_through_its_bases_and_piecewise_does() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 9])
 def test_every_combination_builds(interpolation: str | None, position: str, ranks: int, clip: Any) -> None:
     for bases in sorted({1, 2, min(3, ranks), ranks}):
-        head = op.OrdinalPromptHead(clip, ranks, context=3, rank_position=position, interpolation=interpolation, num_base_ranks=bases)
+        head = op.OrdinalPromptHead(
+            clip, ranks, context=3, rank_position=position, interpolation=interpolation, num_base_ranks=bases
+        )
         assert head.prompt.rank_embeddings.shape == (bases if interpolation else ranks, 1, 16)
         assert head.prototypes().isfinite().all()
 
@@ -86,16 +94,22 @@ def test_names_with_interpolation_come_close_to_themselves(clip: Any, tokenizer:
 
 
 def test_base_names_start_the_base_ranks(clip: Any, tokenizer: Any) -> None:
-    head = op.OrdinalPromptHead(clip, 9, tokenizer=tokenizer, base_rank_names=["young", "middle-aged", "very old", "ancient"])
+    head = op.OrdinalPromptHead(
+        clip, 9, tokenizer=tokenizer, base_rank_names=["young", "middle-aged", "very old", "ancient"]
+    )
     assert head.prompt.num_base_ranks == 4
     assert head.prompt.rank_embeddings.shape == (4, 3, 16)
-    assert torch.equal(head.prompt.rank_embeddings[2, :2], clip.token_embedding(torch.tensor(tokenizer.encode("very old"))))
+    assert torch.equal(
+        head.prompt.rank_embeddings[2, :2], clip.token_embedding(torch.tensor(tokenizer.encode("very old")))
+    )
 
 
 def test_a_template_marks_the_place_of_the_rank(clip: Any, tokenizer: Any) -> None:
     for template in ("a photo of a {} year old face", "a photo of a {} year old face."):
         head = op.OrdinalPromptHead(clip, ["5", "10"], tokenizer=tokenizer, context=template, interpolation=None)
-        ids = torch.stack([tokenizer(["a photo of a 5 year old face."])[0], tokenizer(["a photo of a 10 year old face."])[0]])
+        ids = torch.stack(
+            [tokenizer(["a photo of a 5 year old face."])[0], tokenizer(["a photo of a 10 year old face."])[0]]
+        )
         embeddings, _ = head.prompt().sequences(77)
         torch.testing.assert_close(embeddings, clip.token_embedding(ids))
 
@@ -137,10 +151,14 @@ def test_tokens_of_openai(name: str) -> None:
 
 def test_tokenizers_in_other_shapes() -> None:
     plain = PromptTokenizer(open_clip.tokenize)
-    unpadded = PromptTokenizer(lambda texts: [[49406, *open_clip.tokenizer._tokenizer.encode(text), 49407] for text in texts])
+    unpadded = PromptTokenizer(
+        lambda texts: [[49406, *open_clip.tokenizer._tokenizer.encode(text), 49407] for text in texts]
+    )
     assert plain.words("a dog") == unpadded.words("a dog") == (320, 1929)
     assert unpadded.end == (49407,)
-    no_punctuation = PromptTokenizer(lambda texts: [[5 + len(word) for word in t.replace(".", "").split()] + [1, 0, 0] for t in texts])
+    no_punctuation = PromptTokenizer(
+        lambda texts: [[5 + len(word) for word in t.replace(".", "").split()] + [1, 0, 0] for t in texts]
+    )
     assert no_punctuation.full_stop == ()
     assert no_punctuation.start == ()
 

@@ -15,12 +15,16 @@ NAMES = ["bad", "fair", "good", "excellent"]
 
 
 def build(clip: Any, tokenizer: Any, **options: Any) -> op.OrdinalPromptHead:
-    return op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", **op.recipe(NAMES), **options)
+    return op.OrdinalPromptHead(
+        clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", **op.recipe(NAMES), **options
+    )
 
 
 def test_a_head_starts_at_its_names(clip: Any, tokenizer: Any) -> None:
     head = build(clip, tokenizer).eval()
-    plain = op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", interpolation=None).eval()
+    plain = op.OrdinalPromptHead(
+        clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", interpolation=None
+    ).eval()
     assert torch.equal(head.prototypes(), plain.prototypes())
     assert head.alignment.shape == (12, 12)
     assert head.alignment.abs().max() == 0
@@ -37,7 +41,9 @@ def test_without_a_scale_of_its_own_it_is_ten_over_the_spread(clip: Any, tokeniz
     assert build(tower, tokenizer, logit_scale=1.0).logit_scale == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"in_features": 7}, {"normalize": False}, {"in_features": 7, "normalize": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"in_features": 7}, {"normalize": False}, {"in_features": 7, "normalize": False}]
+)
 def test_alignment_is_exported(options: dict[str, Any], clip: Any, tokenizer: Any) -> None:
     head = build(clip, tokenizer, **options)
     unaligned = head.export()

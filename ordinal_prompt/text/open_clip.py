@@ -24,7 +24,7 @@ def is_tower(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("token_embedding", "positional_embedding", "transformer", "ln_final"))
 
 
-def open_clip_text(tower: nn.Module, trainable: bool = False) -> nn.Module:
+def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
     """The text encoder of a tower: packed where that is exact, else through the tower's own code.
 
     Args:
@@ -63,7 +63,7 @@ class CausalTextHalf(nn.Module):
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
-        tower = self.tower
+        tower: Any = self.tower
         dtype = tower.transformer.get_cast_dtype()
         positions = tower.positional_embedding.to(dtype)
         start, num, length = len(prompts.prefix), *prompts.suffixes.shape[:2]
@@ -88,9 +88,10 @@ class CausalTextHalf(nn.Module):
         pooled = unpack(packed, num, start, group)[torch.arange(num, device=packed.device), pooled_at]
         pooled = tower.ln_final(pooled)
         projection = tower.text_projection
-        if projection is None:
-            return pooled
-        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        features: Tensor = pooled
+        return features
 
     def _class_token_visibility(self, prompts: Prompts) -> Tensor:
         """(K, S + 2, S + 2) bool: the suffix, one padding slot, the class token at the end of the context (CoCa).
@@ -118,7 +119,10 @@ class CausalTextHalf(nn.Module):
             visible = padded.unflatten(0, (rows, group))
         mask = packed_visibility(visible, prefix)
         additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        return additive[0] if same else additive.repeat_interleave(self.tower.heads, dim=0)
+        if same:
+            return additive[0]
+        tower: Any = self.tower
+        return additive.repeat_interleave(tower.heads, dim=0)
 
 
 def _run_tokens_first(tower: Any) -> None:
@@ -126,8 +130,10 @@ def _run_tokens_first(tower: Any) -> None:
 
     Batch-first, `nn.MultiheadAttention` hands them a transposed view, and the products come out twice as slow.
     """
-    attentions = [getattr(block, "attn", None) for block in tower.transformer.resblocks]
-    if getattr(tower.transformer, "batch_first", False) and all(isinstance(a, nn.MultiheadAttention) for a in attentions):
+    attentions: list[Any] = [getattr(block, "attn", None) for block in tower.transformer.resblocks]
+    if getattr(tower.transformer, "batch_first", False) and all(
+        isinstance(a, nn.MultiheadAttention) for a in attentions
+    ):
         tower.transformer.batch_first = False
         for attention in attentions:
             attention.batch_first = False
@@ -146,9 +152,12 @@ def _class_token(tower: nn.Module) -> Tensor | None:
     return token
 
 
-def _sizes(tower: nn.Module) -> tuple[int, int, int]:
+def _sizes(tower: Any) -> tuple[int, int, int]:
     """Width, embedding size and context length (without a class token)."""
     length, width = tower.positional_embedding.shape
     projection = tower.text_projection
-    embed_dim = width if projection is None else getattr(projection, "out_features", None) or projection.shape[1]
+    if projection is None:
+        embed_dim = width
+    else:
+        embed_dim = projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
     return width, embed_dim, length - (_class_token(tower) is not None)

