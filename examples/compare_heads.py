@@ -38,6 +38,7 @@ SHOTS = ("1", "2", "4", "8", "16", "32", "64", "all")
 LEARNING_RATES = (0.02, 0.06, 0.2)
 STEPS = 300
 PATIENCE = 4
+LEAST_STEPS = 30  # a head that starts well may get worse before it gets better
 BATCH_SIZE = 512
 METRICS = ("mae", "mae_argmax", "mae_median", "macro_mae", "accuracy", "kappa")
 PEERS = ("linear", "coral", "corn")
@@ -386,7 +387,8 @@ def fit(
                     best = {"val_mae": val_mae, "lr": learning_rate, "step": step}
                     best |= evaluate(probabilities, labels["test"], values)
                     best_at = checkpoints.index(step)
-            if checkpoints.index(step) - best_at >= budget.patience or not math.isfinite(val_mae):
+            waited = step >= LEAST_STEPS and checkpoints.index(step) - best_at >= budget.patience
+            if waited or not math.isfinite(val_mae):
                 break
         if step == budget.steps:
             break
@@ -853,6 +855,7 @@ def compare(args: argparse.Namespace) -> Records:
         "steps": args.steps,
         "patience": args.patience,
         "batch_size": args.batch_size,
+        "least_steps": LEAST_STEPS,
     }
     records = Records(args.output, options)
     unfit: dict[str, str] = {}
