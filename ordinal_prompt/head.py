@@ -446,9 +446,10 @@ class OrdinalPromptHead(nn.Module):
         if self._cache is not None and all(map(_same, self._cache[0], parameters)):
             return self._cache[1]
         device = self.prompt.rank_embeddings.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        # Outside autocast and inference mode, since what is kept may be used anywhere.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             prototypes = self._encode(self.prompt())
-        self._keep_prototypes(prototypes)
+            self._keep_prototypes(prototypes)
         return prototypes
 
     def _weight(self, prototypes: Tensor) -> Tensor:

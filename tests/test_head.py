@@ -55,6 +55,17 @@ def test_prototypes_are_computed_once_where_nothing_is_learned(head: op.OrdinalP
         assert encode.call_count == 1
 
 
+def test_prototypes_of_inference_mode_serve_training(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, in_features=7).eval()
+    head.prompt.requires_grad_(False)
+    with torch.inference_mode():
+        expected = head(torch.ones(2, 7))
+    logits = head.train()(torch.ones(2, 7))
+    logits.sum().backward()
+    assert torch.equal(logits, expected)
+    assert head.projection.weight.grad is not None
+
+
 @pytest.mark.parametrize("change", ["in place", "data", "optimizer", "load"])
 def test_a_changed_parameter_gives_new_prototypes(change: str, head: op.OrdinalPromptHead) -> None:
     before = head.eval().prototypes()
