@@ -67,6 +67,7 @@ class HeadOptions:
     ce_weight: float = 1.0
     kl_weight: float = 1.0
     label_smoothing: float = 0.0
+    recipe: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> HeadOptions:
@@ -99,6 +100,12 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="text that the context tokens start from, or a number of random ones; default %(default)s",
     )
     group.add_argument(
+        "--recipe",
+        action="store_true",
+        help="of --head prompt: what the library recommends in the place of the paper's settings: rank names keep "
+        "embeddings of their own, --alignment 0.05, --kl-weight 0, prompts at a twentieth of --lr",
+    )
+    group.add_argument(
         "--interpolation",
         choices=INTERPOLATIONS,
         default=default.interpolation,
@@ -124,7 +131,7 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         "--logit-scale",
         type=_factor,
         metavar="FACTOR",
-        help="factor on the cosines; default the text encoder's own, or 100",
+        help="factor on the cosines; default the text encoder's own, or 10 over the prototypes' spread",
     )
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
     group.add_argument(
@@ -249,6 +256,11 @@ def _prompt_head(
         given["alignment"] = options.alignment
     if ranks.names is None:
         given["tokens_per_rank"] = options.tokens_per_rank
+    given["interpolation"] = options.interpolation if name == "prompt" else None
+    kl_weight = options.kl_weight
+    if options.recipe and name == "prompt":
+        given.update(op.recipe(len(ranks) if ranks.names is None else ranks.names))
+        kl_weight = 0.0
     try:
         module = op.OrdinalPromptHead(
             text_encoder,
@@ -257,22 +269,19 @@ def _prompt_head(
             rank_values=ranks.values,
             context=options.context,
             rank_position=options.rank_position,
-            interpolation=options.interpolation if name == "prompt" else None,
             in_features=in_features if project else None,
-            logit_scale=math.log(options.logit_scale)
-            if isinstance(options.logit_scale, float)
-            else options.logit_scale,
+            logit_scale=None if options.logit_scale is None else math.log(options.logit_scale),
             learn_logit_scale=options.learn_logit_scale,
             **given,
         )
-        criterion = op.OrdinalPromptLoss(options.ce_weight, options.kl_weight, label_smoothing=options.label_smoothing)
+        criterion = op.OrdinalPromptLoss(options.ce_weight, kl_weight, label_smoothing=options.label_smoothing)
     except (ValueError, TypeError) as error:
         raise UserError(f"--head {name}: {error}") from error
 
     def loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         terms = criterion.terms(logits, labels)  # the KL term sees the batch of all processes by itself
         weighted = {"ce": options.ce_weight * global_mean(terms["ce"], len(labels))}
-        return {**weighted, "kl": options.kl_weight * terms["kl"]} if options.kl_weight else weighted
+        return {**weighted, "kl": kl_weight * terms["kl"]} if kl_weight else weighted
 
     return Head(name, module, loss, _same, lambda: module.prototypes().detach())
 

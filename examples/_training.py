@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import ordinal_prompt as op
 from ordinal_prompt.losses import gather_batch
+from ordinal_prompt.recipes import PROMPT_LR_SCALE
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_FORMAT = 1
@@ -609,7 +610,10 @@ class TrainOptions:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TrainOptions:
-        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
+        options = cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
+        if args.recipe and options.prompt_lr is None:
+            options = replace(options, prompt_lr=PROMPT_LR_SCALE * options.lr)
+        return options
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -628,7 +632,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lr", type=_rate, default=default.lr, help="learning rate of the head; default %(default)s")
     group.add_argument("--backbone-lr", type=_rate, help="learning rate of the backbone; default --lr")
-    group.add_argument("--prompt-lr", type=_rate, help="learning rate of context and rank embeddings; default --lr")
+    group.add_argument(
+        "--prompt-lr",
+        type=_rate,
+        help="learning rate of context and rank embeddings; default --lr, with --recipe a twentieth of it",
+    )
     group.add_argument("--weight-decay", type=_rate, default=default.weight_decay, help="default %(default)s")
     group.add_argument(
         "--warmup",

@@ -83,9 +83,8 @@ DEMO = {
     "batch_size": 64,
     "optimizer": "adamw",
     "lr": 1e-2,
-    "prompt_lr": 1e-3,
+    "recipe": True,
     "backbone_lr": 5e-5,
-    "logit_scale": 20.0,
     "warmup": 0.5,
     "shots": 64,
 }
