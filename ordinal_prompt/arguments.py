@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +16,19 @@ DEFAULT_BASE_RANKS = 3
 MAX_FACTOR = 1e4
 
 
-def check_ranks(ranks: int | Sequence[str]) -> tuple[str, ...] | None:
-    if isinstance(ranks, bool) or not isinstance(ranks, (int, Sequence)) or isinstance(ranks, str):
+def check_ranks(ranks: object) -> tuple[tuple[str, ...] | None, int]:
+    """Names of the ranks, if any, and their number."""
+    if isinstance(ranks, (list, tuple)) or (hasattr(ranks, "tolist") and getattr(ranks, "ndim", 0) == 1):
+        names = [*ranks]  # type: ignore[misc]  # arrays iterate
+        if len(names) < 2:
+            raise ValueError(f"Expected at least 2 ranks, but got {len(names)}.")
+        return check_names(names, "ranks"), len(names)
+    if isinstance(ranks, bool) or not hasattr(ranks, "__index__"):
         raise TypeError(f"Expected `ranks` to be a number of ranks or a list of their names, but got {ranks!r}.")
-    num_ranks = ranks if isinstance(ranks, int) else len(ranks)
+    num_ranks = operator.index(ranks)
     if num_ranks < 2:
         raise ValueError(f"Expected at least 2 ranks, but got {num_ranks}.")
-    return None if isinstance(ranks, int) else check_names(ranks, "ranks")
+    return None, num_ranks
 
 
 def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
@@ -37,7 +44,7 @@ def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
         raise ValueError(
             f"Expected distinct names in `{argument}`, but got {', '.join(map(repr, twice))} more than once."
         )
-    return tuple(names)
+    return tuple(map(str, names))
 
 
 def check_rank_values(values: Sequence[float] | Tensor | None, num_ranks: int) -> Tensor:
@@ -50,6 +57,8 @@ def check_rank_values(values: Sequence[float] | Tensor | None, num_ranks: int) -
         )
     if not bool(values.isfinite().all()):
         raise ValueError("Expected finite `rank_values`, but got NaN or infinity.")
+    if bool((values.diff() > 0).all()) and not bool((values.float().diff() > 0).all()):
+        raise ValueError("Expected `rank_values` that float32 tells apart; subtract their mean, or use a larger unit.")
     if not bool((values.diff() > 0).all()):
         raise ValueError(
             f"Expected strictly increasing `rank_values`, but got {values.tolist()}; sort the ranks by value."
@@ -57,7 +66,8 @@ def check_rank_values(values: Sequence[float] | Tensor | None, num_ranks: int) -
     return values
 
 
-def check_prompt_options(context: int | str, rank_position: str, interpolation: str | None) -> None:
+def check_prompt_options(context: int | str, rank_position: str, interpolation: str | None) -> int | str:
+    """The context, as an integer or a text."""
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise ValueError(f"Expected `interpolation` to be one of {INTERPOLATIONS} or None, but got {interpolation!r}.")
     if rank_position not in RANK_POSITIONS:
@@ -73,15 +83,16 @@ def check_prompt_options(context: int | str, rank_position: str, interpolation: 
                 f"The {{}} in `context` marks the rank's place already, but rank_position={rank_position!r} was given; "
                 "leave one of them away."
             )
-    elif isinstance(context, bool) or not isinstance(context, int):
+        return context
+    if not hasattr(context, "__index__") or isinstance(context, bool):
         raise TypeError(f"Expected `context` to be a number of tokens or a text, but got {context!r}.")
-    elif context < 0:
-        raise ValueError(f"Expected `context` to be at least 0 tokens, but got {context}.")
+    return check_integer(context, "context", least=0)
 
 
 def check_base_ranks(number: int, names: tuple[str, ...] | None, num_ranks: int, interpolation: str | None) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"Expected `num_base_ranks` to be an integer, but got {number!r}.")
+    number = check_integer(number, "num_base_ranks", least=-math.inf)
+    if interpolation is None and names is None:
+        return num_ranks
     if names is not None:
         if interpolation is None:
             raise ValueError(
@@ -97,25 +108,31 @@ def check_base_ranks(number: int, names: tuple[str, ...] | None, num_ranks: int,
     return number
 
 
-def check_tokens_per_rank(tokens: int | Sequence[int], num_ranks: int, interpolation: str | None) -> None:
-    counts = [tokens] if isinstance(tokens, int) else list(tokens)
-    if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts):
-        raise ValueError(f"Expected `tokens_per_rank` to be positive integers, but got {tokens!r}.")
-    if isinstance(tokens, int):
-        return
+def check_tokens_per_rank(tokens: object, num_ranks: int, interpolation: str | None) -> int | tuple[int, ...]:
+    """Tokens per rank: one number, or without interpolation one for each rank."""
+    if hasattr(tokens, "__index__") or not isinstance(tokens, Iterable):
+        return check_integer(tokens, "tokens_per_rank", least=1)
+    counts = tuple(check_integer(count, "tokens_per_rank", least=1) for count in tokens)
     if interpolation is not None:
-        raise ValueError(
-            "A count per rank in `tokens_per_rank` needs interpolation=None; interpolated ranks share one."
-        )
+        raise ValueError("Counts per rank in `tokens_per_rank` need interpolation=None; interpolated ranks share one.")
     if len(counts) != num_ranks:
         raise ValueError(
             f"Expected {num_ranks} counts in `tokens_per_rank` for {num_ranks} ranks, but got {len(counts)}."
         )
+    return counts
 
 
-def check_size(size: int | None, argument: str) -> None:
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"Expected `{argument}` to be a positive integer, but got {size!r}.")
+def check_integer(value: object, argument: str, least: float) -> int:
+    """An integer, of Python, NumPy or torch, of at least `least`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # refused below
+    except TypeError:
+        raise TypeError(f"Expected `{argument}` to be an integer, but got {value!r}.") from None
+    if isinstance(value, bool):
+        raise TypeError(f"Expected `{argument}` to be an integer, but got {value!r}.")
+    if number < least:
+        raise ValueError(f"Expected `{argument}` to be at least {least}, but got {number}.")
+    return number
 
 
 def check_log_scale(log_scale: float | None) -> None:
@@ -126,6 +143,7 @@ def check_log_scale(log_scale: float | None) -> None:
         )
 
 
-def check_alignment(alignment: float) -> None:
+def check_alignment(alignment: float) -> float:
     if not 0 <= alignment < math.inf:
         raise ValueError(f"Expected `alignment` to be finite and not negative, but got {alignment}.")
+    return float(alignment)

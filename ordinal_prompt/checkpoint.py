@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ordinal_prompt.export import check_finite
 from ordinal_prompt.prompt import PromptLearner, PromptText
 from ordinal_prompt.text import adapt
 
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
 FORMAT = 1
-PROTOTYPE_TOLERANCE = 1e-3  # other weights give other prototypes; other hardware differs in the last bits
+# Other weights give other prototypes; other hardware differs in the last bits.
+PROTOTYPE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def save(head: Any, folder: Path) -> None:
@@ -28,6 +30,7 @@ def save(head: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     prompt: PromptLearner = head.prompt
+    check_finite(**{name.replace(".", "_"): parameter for name, parameter in head.named_parameters()})
     config = {
         "format": FORMAT,
         "source": head._source,
@@ -44,16 +47,18 @@ def save(head: Any, folder: Path) -> None:
         "learn_logit_scale": head.logit_scale.requires_grad,
         "alignment": head.alignment_scale,
         "freeze_text_encoder": head._frozen,
-        "dtype": str(prompt.rank_embeddings.dtype).removeprefix("torch."),
+        "dtype": _name(prompt.rank_embeddings.dtype),
+        "text_encoder_dtype": _name(_dtype(head.text_encoder) or prompt.special.dtype),
     }
+    written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     tensors["special"] = prompt.special.detach().cpu().contiguous()
     tensors["prototypes"] = head._cached_prototypes().detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / WEIGHTS_FILE) as path:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata={"config": written})  # so that a mixed pair of files is found out
     with _replacing(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(written, encoding="utf-8")
 
 
 def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
@@ -61,9 +66,15 @@ def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
     config, tensors = _read(folder)
     source = config["source"] or {}
     if text_encoder is None and source.get("pretrained"):
-        text_encoder, _ = load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)
-    encoder = None
-    if text_encoder is not None:
+        try:
+            text_encoder, _ = load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)
+        except (ConnectionError, ValueError) as error:
+            raise type(error)(
+                f"{error} Or load the prototypes alone, which predict and export, with "
+                "from_pretrained(folder, text_encoder=False)."
+            ) from error
+    encoder: Any = None
+    if text_encoder is not None and text_encoder is not False:
         encoder, _, _ = adapt(text_encoder, trainable=not config["freeze_text_encoder"])
         if (encoder.width, encoder.embed_dim) != (config["width"], config["embed_dim"]):
             raise ValueError(
@@ -71,6 +82,8 @@ def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
                 f"{config['embed_dim']}, but this one has {encoder.width} and {encoder.embed_dim}; pass the one it was "
                 "trained with."
             )
+        if config["freeze_text_encoder"] and isinstance(encoder, nn.Module):
+            encoder.to(getattr(torch, config["text_encoder_dtype"]))
     positions = torch.tensor(config["rank_values"], dtype=torch.float64)
     dtype = getattr(torch, config["dtype"])
     head = cls.__new__(cls)
@@ -107,7 +120,7 @@ def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
         raise ValueError(f"The weights in {folder} do not fit their config: {error}") from error
     if encoder is None:
         head._keep_prototypes(prototypes)
-    elif not torch.allclose(head._cached_prototypes().cpu(), prototypes, atol=PROTOTYPE_TOLERANCE):
+    elif not torch.allclose(head._cached_prototypes().cpu(), prototypes, atol=PROTOTYPE_TOLERANCE[dtype]):
         raise ValueError(
             f"The head in {folder} gives other prototypes with this text encoder than when it was saved; pass the text "
             "encoder that it was trained with, with the same weights."
@@ -116,8 +129,7 @@ def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -132,9 +144,25 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} was written in format {version}, but this version reads {FORMAT}; update ordinal_prompt."
         )
     try:
-        return config, load_file(folder / WEIGHTS_FILE)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}.") from error
+    if metadata.get("config") != (folder / CONFIG_FILE).read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} in {folder} do not belong together, or were edited by hand."
+        )
+    return config, tensors
+
+
+def _dtype(module: Any) -> torch.dtype | None:
+    """The precision of a module's weights, where it has some."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -55,14 +55,17 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
             f"Expected a head for features of width {width}, which is what {type(model).__name__}.{found} takes, but "
             f"this one takes {needed}; build it with in_features={width}."
         )
-    parent_name, _, leaf = found.rpartition(".")
-    parent = model.get_submodule(parent_name)
     weight = next(old.parameters(), None)
     if weight is not None:
         head.to(weight.device)
     head.train(old.training)
-    setattr(parent, leaf, head)
-    _follow_classes(model, head)
+    for parent in [*model.modules()]:
+        for leaf, child in [*parent._modules.items()]:
+            if child is old:  # a layer may stand in two places
+                setattr(parent, leaf, head)
+    parts = found.split(".")
+    for depth in range(len(parts)):
+        _follow_classes(model.get_submodule(".".join(parts[:depth])), head)
     return model
 
 
@@ -94,6 +97,13 @@ def _candidates(model: nn.Module) -> list[str]:
     linear = [
         name for name, module in model.named_modules() if name and _is_linear(module) and not _inside_head(model, name)
     ]
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if classes is not None:  # transformers: the one layer outside the base model that gives the labels
+        base = [*getattr(model, "base_model", model).modules()]
+        outside = [name for name in linear if model.get_submodule(name) not in base]
+        named = [name for name in outside if getattr(model.get_submodule(name), "out_features", None) == classes]
+        if len(named) == 1:
+            return named
     groups: dict[str, str] = {}  # the module with a classifier's name: its last linear layer
     for name in linear:
         parts = name.split(".")
@@ -146,12 +156,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _inside_head(model: nn.Module, name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    while parent:
-        if isinstance(model.get_submodule(parent), OrdinalPromptHead):
-            return True
-        parent = parent.rpartition(".")[0]
-    return False
+    """Whether a layer is part of a prompt head."""
+    parts = name.split(".")
+    parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return any(isinstance(parent, OrdinalPromptHead) for parent in parents)
 
 
 def _width(model: nn.Module, old: Any) -> int | None:

@@ -23,6 +23,8 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
     Returns:
         (...): float for `"expectation"` and wherever `values` are given, else int64 indices.
 
+    Logits with NaN give NaN; where the result is an index, 0 is as good as any.
+
     Raises:
         ValueError: unknown rule, logits without ranks, values of another number than ranks.
         TypeError: logits that are not floating point.
@@ -54,8 +56,11 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
             if values is None:
                 values = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
             return (probabilities * values).sum(dim=-1)
-        index = (probabilities.cumsum(dim=-1) >= 0.5).int().argmax(dim=-1)
-    return index if values is None else values[index]
+        reached = probabilities.double().cumsum(dim=-1) >= 0.5 - 1e-6  # one half, up to the rounding of the softmax
+        index = reached.int().argmax(dim=-1)
+    if values is None:
+        return index
+    return values[index].masked_fill(logits.isnan().any(dim=-1), torch.nan)
 
 
 def _kind(value: object) -> str:

@@ -98,6 +98,6 @@ def check_finite(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"Cannot export: {name} has values that are not finite. Training has probably diverged; load an "
-                "earlier checkpoint or train with a lower learning rate."
+                f"Cannot export or save: {name} has values that are not finite. Training has probably diverged; load "
+                "an earlier checkpoint or train with a lower learning rate."
             )

@@ -5,7 +5,8 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from ordinal_prompt.arguments import (
     MAX_FACTOR,
     check_alignment,
     check_base_ranks,
+    check_integer,
     check_log_scale,
     check_names,
     check_prompt_options,
     check_rank_values,
     check_ranks,
-    check_size,
     check_tokens_per_rank,
 )
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, stock_layers
-from ordinal_prompt.prompt import PromptLearner, write_prompts
+from ordinal_prompt.prompt import PromptLearner, full_precision, write_prompts
 from ordinal_prompt.text import Prompts, PromptTokenizer, adapt
 
 OPENAI_VOCABULARY = 49408
@@ -48,7 +49,8 @@ class OrdinalPromptHead(nn.Module):
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
             `ordinal_prompt.text.TransformersTextEncoder`, which chooses the pooling), or an object that fits
             `ordinal_prompt.text.TextEncoder`.  Only the text half is kept, and of the token embedding only what the
-            prompts need; the model is neither changed nor copied.
+            prompts need; the model is neither changed nor copied.  Its tensors are shared: to go on training it, pass
+            a copy (`copy.deepcopy`), or the prototypes go along.
         ranks: K ≥ 2, or K distinct names, which the rank embeddings then start from.
         tokenizer: texts to token ids, as `open_clip.get_tokenizer(name)` or a tokenizer of transformers.  Without one,
             an open_clip model with OpenAI's vocabulary can still have random context and ranks.
@@ -133,15 +135,15 @@ class OrdinalPromptHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        names = check_ranks(ranks)
-        num_ranks = ranks if isinstance(ranks, int) else len(ranks)
+        names, num_ranks = check_ranks(ranks)
         values = check_rank_values(rank_values, num_ranks)
-        check_prompt_options(context, rank_position, interpolation)
+        context = check_prompt_options(context, rank_position, interpolation)
         base_names = check_names(base_rank_names, "base_rank_names") if base_rank_names is not None else None
         num_base_ranks = check_base_ranks(num_base_ranks, base_names, num_ranks, interpolation)
-        check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
-        check_size(in_features, "in_features")
-        check_alignment(alignment)
+        tokens_per_rank = check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
+        if in_features is not None:
+            in_features = check_integer(in_features, "in_features", least=1)
+        alignment = check_alignment(alignment)
         check_log_scale(logit_scale)
 
         encoder, embed_tokens, own_log_scale = adapt(text_encoder, trainable=not freeze_text_encoder)
@@ -168,6 +170,11 @@ class OrdinalPromptHead(nn.Module):
         @torch.no_grad()
         def embed(ids: Sequence[int]) -> Tensor:
             table_device = None if weight is None else weight.device
+            if weight is not None and max(ids) >= len(weight):
+                raise ValueError(
+                    f"The tokenizer gives token id {max(ids)}, but this text encoder's vocabulary has {len(weight)}; "
+                    "pass the tokenizer that belongs to the text encoder."
+                )
             return embed_tokens(torch.tensor(ids, dtype=torch.long, device=table_device)).detach()
 
         special = embed((*text.start, *text.end, text.padding))
@@ -190,11 +197,11 @@ class OrdinalPromptHead(nn.Module):
             names,
             embed_dim=encoder.embed_dim,
             in_features=in_features,
-            normalize=normalize,
+            normalize=bool(normalize),
             log_scale=own_log_scale if logit_scale is None else logit_scale,
-            learn_logit_scale=learn_logit_scale,
+            learn_logit_scale=bool(learn_logit_scale),
             alignment=alignment,
-            freeze_text_encoder=freeze_text_encoder,
+            freeze_text_encoder=bool(freeze_text_encoder),
         )
         context_start = embed(written.context_ids) if written.context_ids is not None else None
         names_start = None
@@ -234,8 +241,8 @@ class OrdinalPromptHead(nn.Module):
         self._names = rank_names
         self._frozen = freeze_text_encoder
         self._source: dict[str, Any] | None = None
-        self._cache: tuple[list[Tensor], Tensor] | None = None
-        self.register_buffer("rank_values", None, persistent=False)
+        self._cache: tuple[list[Tensor], list[tuple[int, int]], Tensor] | None = None
+        self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
         self._build_rank_values()
         scale = torch.tensor(log_scale or 0.0, device=device, dtype=dtype)
         self.logit_scale = nn.Parameter(scale, requires_grad=learn_logit_scale)
@@ -287,7 +294,7 @@ class OrdinalPromptHead(nn.Module):
     @property
     def rank_names(self) -> tuple[str, ...]:
         """The K names; of ranks without names, their values."""
-        return self._names or tuple(f"{value:g}" for value in self.rank_values.tolist())
+        return self._names or tuple(repr(value).removesuffix(".0") for value in self.prompt.positions)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits over the ranks.
@@ -307,7 +314,7 @@ class OrdinalPromptHead(nn.Module):
         dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
             features = self.projection(features.to(self._projection_dtype(features)))
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             features = features.to(dtype)
             if self.normalize:
                 features = F.normalize(features, dim=-1)
@@ -343,13 +350,14 @@ class OrdinalPromptHead(nn.Module):
                 "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
             )
         positions = torch.as_tensor(positions, dtype=torch.float64, device=self.rank_values.device)
-        first, last = self.rank_values[0].item(), self.rank_values[-1].item()
+        first, last = self.prompt.positions[0], self.prompt.positions[-1]
         if positions.dim() != 1 or len(positions) == 0:
             raise ValueError(f"Expected `positions` of shape (N,), but got {tuple(positions.shape)}.")
-        if not bool(((positions >= first) & (positions <= last)).all()):
+        inside = positions.clamp(first, last)  # up to the rounding of float32, in which `rank_values` come
+        if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
             raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
         with torch.set_grad_enabled(self._differentiable()):
-            return self._encode(self.prompt.at(positions))
+            return self._encode(self.prompt.at(inside))
 
     def predict_proba(self, features: Tensor) -> Tensor:
         """Probabilities of the ranks, (..., K)."""
@@ -377,21 +385,24 @@ class OrdinalPromptHead(nn.Module):
         """
         weight = self._exported_weight()
         zeros = torch.zeros_like(weight[:, 0]) if bias else None
-        return linear_layer(weight, zeros, PrototypeLinear if self.normalize else nn.Linear)
+        layer = linear_layer(weight, zeros, PrototypeLinear if self.normalize else nn.Linear)
+        return layer.to(self.prompt.rank_embeddings.dtype)
 
     def export(self) -> nn.Module:
         """The whole head as layers of torch.nn, detached: neither a text encoder nor this package is needed to run it.
 
         Returns:
             One `nn.Linear` where the head is one linear map (`normalize=False`), else an `nn.Sequential` of the
-            projection (if any), `nn.RMSNorm` and `nn.Linear`.  Equal to the head on any input.
+            projection (if any), `nn.RMSNorm` and `nn.Linear`, of the head's precision.  Equal to the head on any input
+            of that precision (features shorter than 1e-10 count as zero).
 
         Raises:
             ValueError: learned tensors that are not finite.
         """
         if self.projection is not None:
             check_finite(projection_weight=self.projection.weight, projection_bias=self.projection.bias)
-        return stock_layers(self._exported_weight(), self.projection, self.normalize)
+        layers = stock_layers(self._exported_weight(), self.projection, self.normalize)
+        return layers.to(self.prompt.rank_embeddings.dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
@@ -408,9 +419,10 @@ class OrdinalPromptHead(nn.Module):
 
         Args:
             folder: where it was saved.
-            text_encoder: the text encoder that the head was trained with.  Without it, open_clip loads the model that
-                `from_open_clip` named; a head on any other text encoder comes back with its prototypes alone
-                (`text_encoder` is None), which predicts and exports, but cannot be trained on.
+            text_encoder: the text encoder that the head was trained with; one saved as trainable takes on the weights
+                that were saved.  Without it, open_clip loads the model that `from_open_clip` named.  A head on any
+                other text encoder, or with `text_encoder=False`, comes back with its prototypes alone (`text_encoder`
+                is None): it predicts and exports, but its prompts learn no more.
 
         Raises:
             FileNotFoundError: no such folder, or files missing in it.
@@ -444,19 +456,26 @@ class OrdinalPromptHead(nn.Module):
     def _differentiable(self) -> bool:
         if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
             return False
-        return any(parameter.requires_grad for parameter in self._prototype_parameters())
+        encoder = [] if self._frozen else self.text_encoder.parameters()
+        return any(parameter.requires_grad for parameter in (*self.prompt.parameters(), *encoder))
 
-    def _prototype_parameters(self) -> list[nn.Parameter]:
-        encoder = [] if self._frozen else [*self.text_encoder.parameters()]
-        return [*self.prompt.parameters(), *encoder]
+    def _text_encoder_version(self) -> list[tuple[int, int]]:
+        """Changes when a parameter of a trainable text encoder does; its many values are not compared."""
+        encoder = [] if self._frozen else self.text_encoder.parameters()
+        return [(parameter.data_ptr(), parameter._version) for parameter in encoder]
 
     def _cached_prototypes(self) -> Tensor:
-        parameters = self._prototype_parameters()
-        if self._cache is not None and all(map(_same, self._cache[0], parameters)):
-            return self._cache[1]
-        device = self.prompt.rank_embeddings.device.type
-        # Outside autocast and inference mode, since what is kept may be used anywhere.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        if self._cache is not None:
+            learned, version, prototypes = self._cache
+            if version == self._text_encoder_version() and all(map(_same, learned, self.prompt.parameters())):
+                return prototypes
+        # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            full_precision(self.rank_values),
+            _evaluating(self.text_encoder),
+        ):
             prototypes = self._encode(self.prompt())
             self._keep_prototypes(prototypes)
         return prototypes
@@ -506,13 +525,25 @@ class OrdinalPromptHead(nn.Module):
                 f"Expected `features` of shape (..., {self.in_features}), but got {tuple(features.shape)}{hint}."
             )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        values, error_messages = state_dict.get(f"{prefix}rank_values"), args[-1]
+        if (
+            values is not None
+            and values.shape == self.rank_values.shape
+            and not torch.allclose(values.to(self.rank_values), self.rank_values)
+        ):
+            error_messages.append(
+                f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrdinalPromptHead:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         if self._frozen and isinstance(self.text_encoder, nn.Module):
             self.text_encoder._apply(fn)
         self._build_rank_values()  # .bfloat16() would round years to decades
         if self.text_encoder is None and self._cache is not None:
-            self._keep_prototypes(fn(self._cache[1]))
+            self._keep_prototypes(fn(self._cache[2]))
         else:
             self._cache = None
         return self
@@ -524,7 +555,21 @@ class OrdinalPromptHead(nn.Module):
 
     def _keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes those of the prompt parameters as they are now."""
-        self._cache = ([parameter.detach().clone() for parameter in self._prototype_parameters()], prototypes)
+        learned = [parameter.detach().clone() for parameter in self.prompt.parameters()]
+        self._cache = (learned, self._text_encoder_version(), prototypes)
+
+
+@contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    """Eval mode for a while: what is kept must not hold dropout's noise."""
+    modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -79,8 +79,9 @@ def gather_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class OrdinalPromptLoss(nn.Module):
     """CE + KL of a prompt head's logits: image to text plus text to image.
 
-    Where torch.distributed runs, the KL term sees the global batch, and its gradient is scaled so that averaging over
-    processes (as DistributedDataParallel does) gives the gradient of one process with the whole batch.
+    Where torch.distributed runs and gradients are on, the KL term sees the global batch (every process must then call
+    the loss), and its gradient is scaled so that averaging over processes (as DistributedDataParallel does) gives the
+    gradient of one process with the whole batch.
 
     Args:
         ce_weight: weight of the cross-entropy.
@@ -144,13 +145,17 @@ class OrdinalPromptLoss(nn.Module):
     def _kl(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not self.kl_weight:  # also spares the other processes the gathering
             return kl_loss(logits.detach(), labels, self.rank_weights)
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (several and torch.is_grad_enabled()):
             return kl_loss(logits, labels, self.rank_weights)
         loss = kl_loss(*gather_batch(logits, labels), self.rank_weights)
         # Each process holds the gradient of its own part only; averaging divides the sum of the parts by their number.
         return loss + (dist.get_world_size() - 1) * (loss - loss.detach())
 
     def _check(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for name, value in (("logits", logits), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}.")
         if not logits.is_floating_point():
             raise TypeError(f"Expected `logits` to be floating point, but got {logits.dtype}.")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

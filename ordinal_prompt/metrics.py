@@ -19,13 +19,18 @@ def ordinality(prototypes: Tensor, span: int | None = None) -> float:
         span: only cells with j - i < span; default all.
 
     Raises:
-        ValueError: fewer than 2 prototypes, another shape, a span below 1.
+        ValueError: fewer than 2 prototypes, another shape, values that are not finite, a span below 1.
+        TypeError: prototypes that are no tensor.
 
     >>> import torch
     >>> angle = torch.linspace(0, 3, 7)
     >>> ordinality(torch.stack([angle.cos(), angle.sin()], dim=1))
     1.0
     """
+    if not isinstance(prototypes, Tensor):
+        raise TypeError(f"Expected `prototypes` to be a tensor, but got {type(prototypes).__name__}.")
+    if not bool(prototypes.isfinite().all()):
+        raise ValueError("Expected finite `prototypes`, but got NaN or infinity.")
     if prototypes.dim() != 2 or len(prototypes) < 2:
         raise ValueError(f"Expected `prototypes` of shape (K, D), K at least 2, but got {tuple(prototypes.shape)}.")
     if span is not None and span < 1:

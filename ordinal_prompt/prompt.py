@@ -7,6 +7,7 @@ where (a `PromptText`); `PromptLearner` holds what is learned and lays it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ordinal_prompt.text import Prompts, PromptTokenizer
 
 RANK_POSITIONS = ("tail", "front", "middle")
 INIT_STD = 0.02
+LEAST_SINGULAR_VALUE = 0.02  # of the largest: mixtures that only huge base embeddings could tell apart stay together
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,15 @@ def write_prompts(
     rank_ids: tuple[tuple[int, ...], ...] | None = None
     if names is not None:
         rank_ids = tuple(tokens.follow(before, name.replace("_", " ")) for name in names)
-        for name, ids in zip(names, rank_ids, strict=True):
+        for i, (name, ids) in enumerate(zip(names, rank_ids, strict=True)):
             if not ids:
                 raise ValueError(
                     f"Expected every rank name to have a token, but the tokenizer gives none for {name!r}."
+                )
+            if ids in rank_ids[:i]:
+                same = names[rank_ids.index(ids)]
+                raise ValueError(
+                    f"Expected names that the tokenizer tells apart, but {same!r} and {name!r} are the same."
                 )
         counts = tuple(len(ids) for ids in rank_ids)
     else:
@@ -207,13 +214,16 @@ class PromptLearner(nn.Module):
 
         K names become B base embeddings by least squares: those whose mixtures come closest to the names.  Measured
         against taking the names nearest to the base positions, over three interpolations and 2 to 5 bases
-        (`benchmarks/base_names.py`), the mixtures are closer to the names and predict better, each time.
+        (`benchmarks/base_names.py`), the mixtures are closer to the names and predict better, each time.  As in the
+        published code, names that are shorter than the longest are filled up with the padding token's embedding, which
+        the text encoder reads; without interpolation every name keeps its own length.
         """
         if context is not None:
             self.context_embeddings.copy_(context.expand_as(self.context_embeddings))
         if ranks is not None and self.interpolation_weights is not None:
-            weights = self.interpolation_weights.to(ranks.device, torch.float64)
-            base_ranks = torch.linalg.lstsq(weights, ranks.double().flatten(1)).solution.unflatten(1, ranks.shape[1:])
+            weights, names = self.interpolation_weights.double().cpu(), ranks.double().cpu().flatten(1)
+            fit = torch.linalg.lstsq(weights, names, rcond=LEAST_SINGULAR_VALUE, driver="gelsd").solution
+            base_ranks = fit.unflatten(1, ranks.shape[1:])
         elif ranks is not None:
             base_ranks = ranks
         if base_ranks is not None:
@@ -300,5 +310,12 @@ class PromptLearner(nn.Module):
 
 def _mix(weights: Tensor, bases: Tensor) -> Tensor:
     """Rank embeddings (N, T, W) from weights (N, B) and base embeddings (B, T, W), summed in the weights' precision."""
-    mixed = torch.einsum("nb,btw->ntw", weights, bases.to(weights.dtype))
+    with full_precision(weights):
+        mixed = torch.einsum("nb,btw->ntw", weights, bases.to(weights.dtype))
     return mixed.to(bases.dtype)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast, on devices that have one."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

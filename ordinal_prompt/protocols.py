@@ -32,6 +32,8 @@ def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Gene
     [0, 2, 3, 4, 5]
     """
     labels = _labels(labels)
+    if not isinstance(shots, int):
+        raise TypeError(f"Expected `shots` to be an integer, but got {shots!r}.")
     if shots < 1:
         raise ValueError(f"Expected `shots` to be at least 1, but got {shots}.")
     return _keep(labels, dict.fromkeys(labels.unique().tolist(), shots), generator)
@@ -75,10 +77,12 @@ def label_shift_indices(
 
 def _keep(labels: Tensor, limits: dict[int, int], generator: Generator | None) -> Tensor:
     order = torch.randperm(len(labels), generator=generator)
-    kept = []
-    for label in labels.unique().tolist():
-        of_label = order[labels[order] == label]
-        kept.append(of_label[: limits.get(label, len(of_label))])
+    values, counts = labels.unique(return_counts=True)
+    by_label = order[labels[order].argsort(stable=True)]  # runs of equal labels, each in random order
+    kept = [
+        run[: limits.get(value, len(run))]
+        for value, run in zip(values.tolist(), by_label.split(counts.tolist()), strict=True)
+    ]
     return torch.cat(kept).sort().values
 
 
@@ -88,6 +92,6 @@ def _labels(labels: Tensor | Sequence[int]) -> Tensor:
         raise ValueError(
             f"Expected `labels` to be a sequence of at least one label, but got shape {tuple(labels.shape)}."
         )
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
     return labels

@@ -36,7 +36,7 @@ def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
     >>> recipe(101)
     {'interpolation': 'linear', 'alignment': 0.05}
     """
-    interpolation = "linear" if isinstance(ranks, int) else None
+    interpolation = "linear" if hasattr(ranks, "__index__") else None  # numbers of NumPy and torch, too
     return {"interpolation": interpolation, "alignment": ALIGNMENT}
 
 
@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, lr: float, prompt_lr_scale: float = PROMP
 
     Args:
         model: a model that holds prompt heads, or a head.
-        lr: learning rate of everything else that takes gradients.
+        lr: learning rate of everything else that takes gradients, a trainable text encoder included.
         prompt_lr_scale: the prompts' share of it.  They take no weight decay, which would pull them away from words.
 
     Raises:

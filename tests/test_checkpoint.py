@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_round_trip(options: dict[str, Any], clip: Any, tokenizer: Any, tmp_path: Path) -> None:
     head = op.OrdinalPromptHead(clip, tokenizer=tokenizer, **options).eval()
-    features = torch.randn(3, head.in_features)
+    features = torch.randn(3, head.in_features, dtype=options.get("dtype"))
     head.save_pretrained(tmp_path)
     again = op.OrdinalPromptHead.from_pretrained(tmp_path, clip)
     torch.testing.assert_close(again(features), head(features))
@@ -92,8 +92,10 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_ranks(head: op.OrdinalPromptHead, clip: Any) -> None:
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        op.OrdinalPromptHead(clip, 6, context=4, interpolation=None).load_state_dict(head.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for rank_values"):
+        op.OrdinalPromptHead(clip, 6, context=4).load_state_dict(head.state_dict())
+    with pytest.raises(RuntimeError, match="rank_values: the checkpoint was made for other rank values"):
+        op.OrdinalPromptHead(clip, 5, context=4, rank_values=[1, 2, 4, 8, 16]).load_state_dict(head.state_dict())
 
 
 def test_other_text_encoders(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
@@ -120,8 +122,42 @@ def test_weights_of_another_config(head: op.OrdinalPromptHead, clip: Any, tmp_pa
     head.save_pretrained(tmp_path)
     op.OrdinalPromptHead(clip, 5, context=2).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / WEIGHTS_FILE).replace(tmp_path / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match="do not fit their config"):
+    with pytest.raises(ValueError, match="do not belong together"):
         op.OrdinalPromptHead.from_pretrained(tmp_path, clip)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_round_trip_in_other_precisions(
+    dtype: torch.dtype, head: op.OrdinalPromptHead, clip: Any, tmp_path: Path
+) -> None:
+    head.to(dtype).eval().save_pretrained(tmp_path)
+    again = op.OrdinalPromptHead.from_pretrained(tmp_path, clip)
+    features = torch.randn(3, 12, dtype=dtype)
+    assert torch.equal(again(features), head(features))
+    assert clip.ln_final.weight.dtype == torch.float32
+
+
+def test_prototypes_alone_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", lambda *_, **__: (tiny_clip(), open_clip.tokenize))
+    head = op.OrdinalPromptHead.from_open_clip("any", "weights", ranks=5).eval()
+    head.save_pretrained(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no hub.")
+
+    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", refuse)
+    with pytest.raises(ConnectionError, match="text_encoder=False"):
+        op.OrdinalPromptHead.from_pretrained(tmp_path)
+    alone = op.OrdinalPromptHead.from_pretrained(tmp_path, text_encoder=False)
+    assert torch.equal(alone.prototypes(), head.prototypes())
+
+
+def test_what_is_not_finite_is_not_saved(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    with torch.no_grad():
+        head.prompt.rank_embeddings.fill_(float("nan"))
+    with pytest.raises(ValueError, match="prompt_rank_embeddings has values that are not finite"):
+        head.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_failed_save_leaves_the_old_one(
@@ -130,7 +166,7 @@ def test_a_failed_save_leaves_the_old_one(
     head.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def half_written(_: Any, path: Path) -> None:
+    def half_written(_: Any, path: Path, **__: Any) -> None:
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 

@@ -64,15 +64,21 @@ def test_torchvision(name: str) -> None:
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "ViT", "DistilBert"])
+CONFIGS = {
+    "Bert": SIZES,
+    "Roberta": SIZES,
+    "ViT": SIZES,
+    "DistilBert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+    "XLNet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_head": 8, "d_inner": 32},
+    "ModernBert": {**SIZES, "vocab_size": 100, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_transformers(kind: str) -> None:
-    config = (
-        getattr(transformers, f"{kind}Config")(**SIZES)
-        if kind != "DistilBert"
-        else transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32)
-    )
+    config = getattr(transformers, f"{kind}Config")(**CONFIGS[kind])
     model_kind = "ForImageClassification" if kind == "ViT" else "ForSequenceClassification"
-    model = getattr(transformers, kind + model_kind)(config)
+    model = getattr(transformers, kind + model_kind)(config).eval()
     head = nn.Linear(16, 5)
     op.replace_head(model, head)
     assert head in model.modules()
@@ -99,6 +105,20 @@ def test_plain_models() -> None:
     assert op.replace_head(two, nn.Linear(4, 5), name="two").two.out_features == 5
     inside = Plain(tail=nn.Sequential(nn.Dropout(), nn.Linear(4, 2)), other=nn.Linear(4, 4))
     assert op.replace_head(inside, nn.Linear(4, 5), name="tail").tail[1].out_features == 5
+
+
+def test_a_layer_in_two_places_is_replaced_in_both() -> None:
+    model = Plain(backbone=Plain(fc=nn.Linear(4, 2)))
+    model.fc = model.backbone.fc
+    head = nn.Linear(4, 5)
+    op.replace_head(model, head)
+    assert model.fc is model.backbone.fc is head
+
+
+def test_counts_of_classes_follow_in_wrappers() -> None:
+    model = Plain(inner=timm.create_model("resnet18"))
+    op.replace_head(model, nn.Linear(512, 5))
+    assert model.inner.num_classes == 5
 
 
 def test_a_prompt_head_replaces_and_is_replaced(clip: Any) -> None:

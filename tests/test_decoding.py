@@ -34,6 +34,17 @@ def test_rules() -> None:
     assert op.decode(torch.randn(2, 3, 5)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("ranks", [82, 94, 164])
+def test_median_of_equal_logits(ranks: int) -> None:
+    assert op.decode(torch.zeros(ranks), "median") == ranks // 2 - 1
+
+
+def test_nan_is_not_a_prediction() -> None:
+    logits = torch.full((2, 5), float("nan"))
+    for rule in ("expectation", "median", "argmax"):
+        assert op.decode(logits, rule, values=[1, 2, 3, 4, 5]).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("logits", "options", "error", "match"),
     [
@@ -76,6 +87,13 @@ def test_bad_prototypes(shape: tuple[int, ...], span: int | None, match: str) ->
         op.ordinality(torch.randn(shape), span)
 
 
+def test_ordinality_of_what_is_no_prototype() -> None:
+    with pytest.raises(TypeError, match="`prototypes` to be a tensor, but got Linear"):
+        op.ordinality(torch.nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="finite `prototypes`"):
+        op.ordinality(torch.full((3, 4), float("nan")))
+
+
 LABELS = st.lists(st.integers(-2, 6), min_size=1, max_size=60)
 
 
@@ -112,6 +130,7 @@ def test_seeds_differ() -> None:
     ("call", "error", "match"),
     [
         (lambda: few_shot_indices([0, 1], 0), ValueError, "`shots` to be at least 1"),
+        (lambda: few_shot_indices([0, 1], 1.5), TypeError, "`shots` to be an integer"),
         (lambda: few_shot_indices([], 1), ValueError, "at least one label"),
         (lambda: few_shot_indices([[0]], 1), ValueError, "sequence of"),
         (lambda: few_shot_indices([0.5], 1), TypeError, "integers"),

@@ -62,10 +62,13 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         ),
         ({"base_rank_names": list("abcdef"), "tokenizer": WITH_TOKENIZER}, ValueError, "1 to 5 base ranks"),
         ({"base_rank_names": "abc", "tokenizer": WITH_TOKENIZER}, TypeError, "`base_rank_names` to be a list of names"),
-        ({"tokens_per_rank": 0}, ValueError, "`tokens_per_rank` to be positive integers"),
-        ({"tokens_per_rank": [1, 2, 3, 4, 5]}, ValueError, "needs interpolation=None"),
+        ({"tokens_per_rank": 0}, ValueError, "`tokens_per_rank` to be at least 1, but got 0"),
+        ({"tokens_per_rank": 1.5}, TypeError, "`tokens_per_rank` to be an integer, but got 1.5"),
+        ({"ranks": ["Good", "good"], "tokenizer": WITH_TOKENIZER}, ValueError, "'Good' and 'good' are the same"),
+        ({"rank_values": [1e9 + i for i in range(5)]}, ValueError, "float32 tells apart"),
+        ({"tokens_per_rank": [1, 2, 3, 4, 5]}, ValueError, "need interpolation=None"),
         ({"tokens_per_rank": [1, 2], "interpolation": None}, ValueError, "5 counts in `tokens_per_rank`"),
-        ({"in_features": 0}, ValueError, "`in_features` to be a positive integer"),
+        ({"in_features": 0}, ValueError, "`in_features` to be at least 1"),
         ({"logit_scale": 100.0}, ValueError, r"log of the factor.*math.log\(100\)"),
         ({"n_context": 4}, TypeError, "unexpected keyword argument 'n_context'"),
     ],
@@ -106,6 +109,28 @@ def test_a_tower_with_a_feature_per_token() -> None:
     tower = open_clip.CustomTextCLIP(8, VISION, {"width": 16, "heads": 2, "layers": 1, "pool_type": "none"})
     with pytest.raises(ValueError, match="pool_type 'none'"):
         op.OrdinalPromptHead(tower, 5)
+
+
+def test_numbers_of_other_libraries(clip: Any, tokenizer: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    head = op.OrdinalPromptHead(
+        clip, numpy.int64(5), context=torch.tensor(4), num_base_ranks=numpy.int32(2), in_features=numpy.int64(7)
+    )
+    assert (head.num_ranks, head.in_features, head.prompt.num_base_ranks) == (5, 7, 2)
+    assert op.OrdinalPromptHead(clip, numpy.array(["bad", "good"]), tokenizer=tokenizer).rank_names == ("bad", "good")
+    assert op.recipe(numpy.int64(5)) == op.recipe(5)
+
+
+def test_models_of_transformers_that_do_not_fit(tokenizer: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with pytest.raises(TypeError, match="hold a text encoder, but got ViTModel"):
+        op.OrdinalPromptHead(transformers.ViTModel(transformers.ViTConfig(**sizes)), 5)
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=30, **sizes))
+    with pytest.raises(ValueError, match="vocabulary has 30; pass the tokenizer that belongs"):
+        op.OrdinalPromptHead(bert, 5, tokenizer=tokenizer)
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=49408, **sizes))
+    assert op.OrdinalPromptHead(bert, 5, tokenizer=tokenizer).prototypes().shape == (5, 16)
 
 
 def test_unknown_pooling() -> None:

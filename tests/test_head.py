@@ -79,7 +79,12 @@ def test_a_changed_parameter_gives_new_prototypes(change: str, head: op.OrdinalP
         parameter.grad = torch.randn_like(parameter)
         torch.optim.SGD([parameter], lr=1).step()
     else:
-        head.load_state_dict({name: torch.randn_like(value) for name, value in head.state_dict().items()})
+        head.load_state_dict(
+            {
+                name: value if name == "rank_values" else torch.randn_like(value)
+                for name, value in head.state_dict().items()
+            }
+        )
     assert (head.prototypes() - before).abs().max() > 1e-3
 
 
@@ -117,8 +122,24 @@ def test_an_unfrozen_text_encoder_is_the_callers_and_learns() -> None:
     assert (head.prototypes() - before).abs().max() > 1e-3
 
 
+def test_dropout_of_a_trainable_text_encoder_is_not_kept() -> None:
+    clip = tiny_clip()
+    clip.transformer.resblocks[0].mlp.append(nn.Dropout(0.5))
+    head = op.OrdinalPromptHead(clip.train(), 5, freeze_text_encoder=False).train()
+    assert not torch.equal(head.prototypes(), head.prototypes())
+    with torch.no_grad():
+        kept = head.prototypes()
+    assert clip.transformer.resblocks[0].mlp[-1].training
+    assert torch.equal(head.eval().prototypes(), kept)
+
+
 def test_state_dict_holds_what_was_learned(head: op.OrdinalPromptHead, clip: Any) -> None:
-    assert set(head.state_dict()) == {"logit_scale", "prompt.context_embeddings", "prompt.rank_embeddings"}
+    assert set(head.state_dict()) == {
+        "logit_scale",
+        "prompt.context_embeddings",
+        "prompt.rank_embeddings",
+        "rank_values",
+    }
     other = op.OrdinalPromptHead(clip, 5, context=4)
     assert (other.eval().prototypes() - head.eval().prototypes()).abs().max() > 1e-4
     other.load_state_dict(head.state_dict(), strict=True)

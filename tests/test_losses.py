@@ -81,6 +81,8 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.tensor([0, 1, 2])
         (LOGITS, torch.tensor([0.0, 1.0, 2.0]), TypeError, "map your rank values"),
         (LOGITS, torch.tensor([True, False, True]), TypeError, "integer rank indices"),
         (LOGITS, torch.tensor([[0, 1, 2]]), ValueError, "one label for each row"),
+        (LOGITS, [0, 1, 2], TypeError, "`labels` to be a tensor, but got list"),
+        (LOGITS.numpy(), LABELS, TypeError, "`logits` to be a tensor, but got ndarray"),
         (LOGITS.long(), LABELS, TypeError, "`logits` to be floating point"),
         (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), ValueError, "empty batch"),
     ],

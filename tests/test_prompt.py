@@ -124,11 +124,36 @@ def test_prototypes_at_ranks_are_the_prototypes(clip: Any) -> None:
     for specific in (False, True):
         head = op.OrdinalPromptHead(clip, 4, rank_values=[1, 2, 4, 8], rank_specific_context=specific).eval()
         torch.testing.assert_close(head.prototypes_at([1, 2, 4, 8]), head.prototypes())
+        torch.testing.assert_close(head.prototypes_at(head.rank_values), head.prototypes())
         between = head.prototypes_at(torch.tensor([3.0, 5.5]))
         assert between.shape == (2, 12)
         torch.testing.assert_close(between.norm(dim=1), torch.ones(2))
         assert not between.requires_grad
         assert head.train().prototypes_at([3]).requires_grad
+
+
+def test_positions_are_as_exact_as_rank_values(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 3, rank_values=[0.1, 0.2, 0.7])
+    assert head.prototypes_at([0.1, 0.7]).shape == head.prototypes_at(head.rank_values[[0, 2]]).shape == (2, 12)
+    assert head.rank_names == ("0.1", "0.2", "0.7")
+
+
+def test_ranks_are_mixed_in_full_precision_under_autocast(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        suffixes = head.prompt().suffixes
+    assert torch.equal(suffixes, head.prompt().suffixes)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "normal", "inv_prop", "piecewise"])
+def test_bases_from_names_stay_of_the_size_of_words(interpolation: str, clip: Any, tokenizer: Any) -> None:
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for values in (None, [i / 9 for i in range(10)]):
+        head = op.OrdinalPromptHead(
+            clip, names, tokenizer=tokenizer, interpolation=interpolation, num_base_ranks=10, rank_values=values
+        )
+        word = clip.token_embedding(torch.tensor(tokenizer.encode("five"))).norm()
+        assert head.prompt.rank_embeddings.norm(dim=-1).max() < 20 * word
 
 
 def test_interpolation_weights_stay_in_float32(clip: Any) -> None:

@@ -21,7 +21,9 @@ _IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
 
 def is_transformers_text(model: nn.Module) -> bool:
     """Whether the module is a text model of transformers (or an image-text model that holds one)."""
-    return hasattr(model, "config") and hasattr(model, "get_input_embeddings") and hasattr(model.config, "model_type")
+    if not (hasattr(model, "get_input_embeddings") and hasattr(getattr(model, "config", None), "model_type")):
+        return False
+    return isinstance(token_embedding(model), nn.Embedding)
 
 
 def is_hf_text_encoder(model: nn.Module) -> bool:
@@ -100,7 +102,9 @@ class TransformersHalf(TextHalf):
 
 
 def text_model(model: Any) -> Any:
-    """The model itself, or the encoder of an encoder-decoder."""
+    """The model itself, the encoder of an encoder-decoder, or what a model with a task's head builds on."""
+    if not hasattr(model, "text_projection"):  # which belongs to CLIP's own features
+        model = getattr(model, "base_model", model)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()
     return model
