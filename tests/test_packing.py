@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import open_clip
-import pytest
 import torch
 from conftest import TEXT, VISION, shaken, tiny_clip
 from hypothesis import given, settings
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import ordinal_prompt as op
 from ordinal_prompt.text.open_clip import CausalTextHalf, _sizes
-from ordinal_prompt.text.packing import group_size, pack, packed_visibility, unpack
+from ordinal_prompt.text.packing import SharedPrefixAttention, pack, packed_mask, unpack
 from ordinal_prompt.text.towers import TextHalf, text_half
 
 torch.manual_seed(7)
@@ -26,7 +25,6 @@ TOWERS: dict[str, nn.Module] = {
     "correct class token": shaken(
         TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True, correct_cls_mask=True)
     ),
-    "custom blocks": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, qk_norm=True, scale_attn=True)),
 }
 
 
@@ -74,37 +72,30 @@ def test_packed_equals_full_sequences(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1.0, b.abs().max().item() if b.numel() else 0.0))
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 7, 20])
-def test_any_group_size_gives_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = op.OrdinalPromptHead(
-        TOWERS["class token"], 7, tokenizer=None, interpolation=None, tokens_per_rank=[1, 2, 3, 1, 2, 3, 1]
-    )
-    expected = head.prototypes()
-    monkeypatch.setattr("ordinal_prompt.text.open_clip.group_size", lambda *_: group)
-    torch.testing.assert_close(head.prototypes(), expected)
-
-
-@given(st.integers(1, 2000), st.integers(0, 80), st.integers(1, 80), st.integers(1, 1024))
-def test_groups_are_of_equal_size_and_never_empty(num: int, prefix: int, suffix: int, width: int) -> None:
-    group = group_size(num, prefix, suffix, width)
-    assert 1 <= group <= num
-    assert -(-num // group) * group - num < group
+def test_attention_equals_the_one_it_is_made_of() -> None:
+    """Under the mask that packing means, token by token."""
+    prefix, prompts, suffix = 3, 4, 2
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    packed = torch.randn(1, prefix + prompts * suffix, 8, requires_grad=True)
+    mask = torch.full((packed.shape[1], packed.shape[1]), -torch.inf)
+    for row in range(len(mask)):
+        for column in range(row + 1):
+            own = row >= prefix <= column and (row - prefix) // suffix == (column - prefix) // suffix
+            if column < prefix or own:
+                mask[row, column] = 0
+    expected = attention(packed, packed, packed, attn_mask=mask, need_weights=False)[0]
+    visible = torch.ones(suffix, suffix, dtype=torch.bool).tril()
+    fast = SharedPrefixAttention(attention)(
+        packed, packed, packed, attn_mask=packed_mask(visible, prefix, torch.float32)
+    )[0]
+    torch.testing.assert_close(fast, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad((x * weights).sum(), packed)[0] for x in (fast, expected)))
 
 
 def test_unpack_undoes_pack() -> None:
     prefix, suffixes = torch.randn(4, 8), torch.randn(7, 3, 8)
-    packed = pack(prefix, suffixes, 3)
-    assert packed.shape == (3, 4 + 3 * 3, 8)
-    assert torch.equal(packed[:, :4], prefix.expand(3, 4, 8))
-    assert torch.equal(unpack(packed, 7, 4, 3), suffixes)
-
-
-def test_visibility_token_by_token() -> None:
-    prefix, group, suffix = 2, 3, 4
-    visible = torch.ones(suffix, suffix, dtype=torch.bool).tril().expand(1, group, -1, -1)
-    mask = packed_visibility(visible, prefix)[0]
-    for row in range(len(mask)):
-        for column in range(len(mask)):
-            both_prefix = row < prefix and column <= row
-            own = row >= prefix <= column <= row and (row - prefix) // suffix == (column - prefix) // suffix
-            assert mask[row, column] == (both_prefix or (row >= prefix > column) or own)
+    packed = pack(prefix, suffixes)
+    assert packed.shape == (1, 4 + 7 * 3, 8)
+    assert torch.equal(packed[0, :4], prefix)
+    assert torch.equal(unpack(packed, 4, 3), suffixes)

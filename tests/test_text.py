@@ -106,6 +106,19 @@ def test_text_gives_the_features_of_encode_text(name: str) -> None:
     assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("options", [{"rank_position": "front"}, {"rank_specific_context": True}, {"context": 0}])
+def test_prompts_that_share_no_token(options: dict[str, Any]) -> None:
+    """As with a tokenizer without a start token."""
+    config = next(config for config in KINDS.values() if "mt5" in config["text_cfg"].get("hf_tokenizer_name", ""))
+    model, tokenizer = build(config)
+    options = {"context": "a photo of", **options}
+    template = (
+        "{}." if options["context"] == 0 else "{} a photo of." if "rank_position" in options else "a photo of {}."
+    )
+    expected = own_features(model, tokenizer, template, NAMES)
+    assert_same_features(model, tokenizer, options, expected)
+
+
 TOWERS = {
     "eos pooling": {"pool_type": "eos", "eos_id": 49407},
     "first pooling": {"pool_type": "first", "no_causal_mask": True},

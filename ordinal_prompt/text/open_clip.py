@@ -1,8 +1,8 @@
 """Text encoders of open_clip: CLIP, CustomTextCLIP, CoCa, SigLIP and whatever else its text configs describe.
 
-A causal tower that pools at the end of text (CLIP) or at an appended class token (CoCa) runs packed: embeddings and
-positions are laid out here, the tower's own transformer, final norm and projection do the arithmetic.  Every other
-tower (bidirectional, other pooling) runs through its own `encode_text` on full-length sequences.
+A causal tower that pools at the end of text (CLIP) or at an appended class token (CoCa) runs packed: embeddings,
+positions and attention are laid out for it, the tower's own transformer, norms and projections do the arithmetic.
+Every other tower (bidirectional, other pooling, custom blocks) runs through its own `encode_text` at full length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.text.packing import group_size, pack, packed_visibility, unpack
+from ordinal_prompt.text.packing import SharedPrefixAttention, pack, packed_mask, unpack
 from ordinal_prompt.text.prompts import Prompts
 from ordinal_prompt.text.towers import TextHalf, text_half
 
@@ -42,7 +42,8 @@ def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
         )
     half = text_half(tower, tower.token_embedding.weight, _IMAGE_HALF, trainable)
     causal = getattr(tower, "attn_mask", None) is not None
-    if causal and _from_open_clip(tower) and (_class_token(tower) is not None or pooling in ("argmax", "eos")):
+    pooled_at_end = _class_token(tower) is not None or pooling in ("argmax", "eos")
+    if causal and pooled_at_end and _from_open_clip(tower) and all(map(_is_plain, _attentions(tower))):
         return CausalTextHalf(half)
     cut = bool(getattr(tower, "use_pad_mask", False)) and pooling != "last" and _class_token(tower) is None
     return TextHalf(half, *_sizes(tower), cut)
@@ -55,11 +56,12 @@ class CausalTextHalf(nn.Module):
         tower: the tower, without its token embedding.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         self.tower = tower
         self.width, self.embed_dim, self.context_length = _sizes(tower)
-        _run_tokens_first(tower)
+        for block in tower.transformer.resblocks:
+            block.attn = SharedPrefixAttention(block.attn)
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
@@ -69,7 +71,7 @@ class CausalTextHalf(nn.Module):
         start, num, length = len(prompts.prefix), *prompts.suffixes.shape[:2]
         prefix = prompts.prefix.to(dtype) + positions[:start]
         suffixes = prompts.suffixes.to(dtype) + positions[start : start + length]
-        visible = torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril()[None]
+        visible = torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril()
         pooled_at = prompts.lengths - 1
 
         class_token = _class_token(tower)
@@ -80,12 +82,8 @@ class CausalTextHalf(nn.Module):
             visible = self._class_token_visibility(prompts)
             pooled_at = torch.full_like(prompts.lengths, length + 1)
 
-        length = suffixes.shape[1]
-        group = group_size(num, start, length, suffixes.shape[2])
-        packed = pack(prefix, suffixes, group)
-        mask = self._attention_mask(visible, len(packed), group, start, dtype)
-        packed = tower.transformer(packed, attn_mask=mask)
-        pooled = unpack(packed, num, start, group)[torch.arange(num, device=packed.device), pooled_at]
+        packed = tower.transformer(pack(prefix, suffixes), attn_mask=packed_mask(visible, start, dtype))
+        pooled = unpack(packed, start, suffixes.shape[1])[torch.arange(num, device=packed.device), pooled_at]
         pooled = tower.ln_final(pooled)
         projection = tower.text_projection
         if projection is not None:
@@ -109,34 +107,22 @@ class CausalTextHalf(nn.Module):
         visible[:, -1] = seen | (exact[:, None] & (slots == length + 1))
         return visible
 
-    def _attention_mask(self, visible: Tensor, rows: int, group: int, prefix: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask (L, L), or (rows * heads, L, L) where prompts differ in what their tokens see."""
-        same = len(visible) == 1 or bool((visible == visible[:1]).all())
-        if same:
-            visible = visible[:1].expand(group, -1, -1)[None]
-        else:
-            padded = torch.cat([visible, visible[-1:].expand(rows * group - len(visible), -1, -1)])
-            visible = padded.unflatten(0, (rows, group))
-        mask = packed_visibility(visible, prefix)
-        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if same:
-            return additive[0]
-        tower: Any = self.tower
-        return additive.repeat_interleave(tower.heads, dim=0)
+
+def _attentions(tower: Any) -> list[Any]:
+    """The attention of every block."""
+    return [getattr(block, "attn", None) for block in tower.transformer.resblocks]
 
 
-def _run_tokens_first(tower: Any) -> None:
-    """Lets the transformer work on (L, N, W) inside, which its linear layers take as one matrix.
-
-    Batch-first, `nn.MultiheadAttention` hands them a transposed view, and the products come out twice as slow.
-    """
-    attentions: list[Any] = [getattr(block, "attn", None) for block in tower.transformer.resblocks]
-    if getattr(tower.transformer, "batch_first", False) and all(
-        isinstance(a, nn.MultiheadAttention) for a in attentions
-    ):
-        tower.transformer.batch_first = False
-        for attention in attentions:
-            attention.batch_first = False
+def _is_plain(attention: Any) -> bool:
+    """Whether an attention is torch's own without extras, which packing knows how to lay out."""
+    return (
+        type(attention) is nn.MultiheadAttention
+        and attention._qkv_same_embed_dim
+        and attention.batch_first
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not attention.dropout
+    )
 
 
 def _from_open_clip(tower: nn.Module) -> bool:

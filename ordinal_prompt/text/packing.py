@@ -1,75 +1,75 @@
 """Many prompts in one sequence: exact, because a causal text encoder never looks ahead.
 
-Prompts that share a prefix are laid out as `prefix, suffix 1, suffix 2, …`.  Every token carries its *own* positional
-embedding, and an attention mask lets a suffix token see the prefix and the earlier tokens of its own suffix, nothing
-else.  The transformer then computes P + K·S tokens instead of K·(P + S), without knowing.
+Prompts that share a prefix are laid out as `prefix, suffix 1, suffix 2, …`, each token with its *own* positional
+embedding.  A suffix token attends to the prefix and to the earlier tokens of its own suffix, nothing else, so that the
+prefix is computed once: P + K·S tokens instead of K·(P + S).
 
-The mask is quadratic in the sequence, so that for many prompts groups of them go in sequences of their own, side by
-side in the batch.
+A mask over the whole sequence would do, but nearly all of it would be empty.  `SharedPrefixAttention` takes the place
+of the attention in a copy of the text encoder, with the same weights, and attends within suffixes and to the prefix.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-def group_size(num_prompts: int, prefix: int, suffix: int, width: int) -> int:
-    """Prompts per sequence that make the text pass cheapest.
+class SharedPrefixAttention(nn.Module):
+    """`nn.MultiheadAttention` on packed prompts.
 
-    A group of g costs its prefix once, P·24W² operations, and attention over P + g·S tokens, 4W·S·(P + g·S) for every
-    prompt; the sum over all groups is least at g = √(2·P·W) / S.
-
-    >>> group_size(num_prompts=101, prefix=11, suffix=3, width=512)
-    34
-    """
-    best = max(1, round(math.sqrt(2 * prefix * width) / suffix))
-    return math.ceil(num_prompts / math.ceil(num_prompts / best))  # groups of equal size
-
-
-def pack(prefix: Tensor, suffixes: Tensor, group: int) -> Tensor:
-    """Lays out prompts in sequences of `group` suffixes behind one prefix; the last suffix fills up the last group.
+    Equal to the attention it is made of under the mask that packing means; no dropout, as in a frozen text encoder.
 
     Args:
-        prefix: (P, W).
-        suffixes: (K, S, W).
-        group: suffixes per sequence, g.
-
-    Returns:
-        (⌈K/g⌉, P + g·S, W)
+        attention: the attention whose weights are used; they stay its own.
     """
-    missing = -len(suffixes) % group
-    if missing:
-        suffixes = torch.cat([suffixes, suffixes[-1:].expand(missing, -1, -1)])
-    packed = rearrange(suffixes, "(n g) s w -> n (g s) w", g=group)
-    return torch.cat([repeat(prefix, "p w -> n p w", n=len(packed)), packed], dim=1)
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, *_: Tensor, attn_mask: Tensor, **__: Any) -> tuple[Tensor, None]:
+        """Attention of every token, called as the attention that it replaces.
+
+        Args:
+            query: (1, P + K·S, W) packed prompts; keys and values are the same.
+            attn_mask: (S, P + S) additive mask of a suffix on prefix and suffix, or (K, S, P + S) one for each prompt;
+                its shape says where the prefix ends.
+
+        Returns:
+            (1, P + K·S, W), and None in the place of attention weights.
+        """
+        own = self.attention
+        length, seen = attn_mask.shape[-2:]
+        prefix = seen - length
+        projected = F.linear(query[0], own.in_proj_weight, own.in_proj_bias)
+        heads = rearrange(projected, "l (qkv h d) -> qkv h l d", qkv=3, h=own.num_heads)
+        q, k, v = rearrange(heads[:, :, prefix:], "qkv h (k s) d -> qkv h k s d", s=length)
+        shared_q, shared_k, shared_v = heads[:, :, :prefix]
+
+        def with_prefix(shared: Tensor, each: Tensor) -> Tensor:
+            return torch.cat([repeat(shared, "h p d -> h k p d", k=each.shape[1]), each], dim=2)
+
+        attended = F.scaled_dot_product_attention(q, with_prefix(shared_k, k), with_prefix(shared_v, v), attn_mask)
+        first = F.scaled_dot_product_attention(shared_q[None], shared_k[None], shared_v[None], is_causal=True)[0]
+        merged = torch.cat([rearrange(first, "h p d -> p (h d)"), rearrange(attended, "h k s d -> (k s) (h d)")])
+        return own.out_proj(merged)[None], None
 
 
-def unpack(packed: Tensor, num_prompts: int, prefix: int, group: int) -> Tensor:
-    """The suffixes (K, S, W) out of packed sequences (⌈K/g⌉, P + g·S, W)."""
-    return rearrange(packed[:, prefix:], "n (g s) w -> (n g) s w", g=group)[:num_prompts]
+def pack(prefix: Tensor, suffixes: Tensor) -> Tensor:
+    """One sequence (1, P + K·S, W) of a prefix (P, W) and suffixes (K, S, W)."""
+    return torch.cat([prefix, rearrange(suffixes, "k s w -> (k s) w")])[None]
 
 
-def packed_visibility(visible: Tensor, prefix: int) -> Tensor:
-    """Which token sees which in packed sequences.
+def unpack(packed: Tensor, prefix: int, suffix: int) -> Tensor:
+    """The suffixes (K, S, W) of a packed sequence (1, P + K·S, W)."""
+    return rearrange(packed[0, prefix:], "(k s) w -> k s w", s=suffix)
 
-    Args:
-        visible: (n, g, S, S) bool, within each suffix: row sees column.
-        prefix: tokens of the shared prefix, P; causal among themselves and seen by every suffix token.
 
-    Returns:
-        (n, P + g·S, P + g·S) bool.
-    """
-    n, group, suffix, _ = visible.shape
-    length = prefix + group * suffix
-    mask = torch.zeros(n, length, length, dtype=torch.bool, device=visible.device)
-    mask[:, :, :prefix] = True
-    mask[:, :prefix, :prefix] = torch.ones_like(mask[0, :prefix, :prefix]).tril()
-    own = torch.zeros(n, group, suffix, group, suffix, dtype=torch.bool, device=visible.device)
-    index = torch.arange(group, device=visible.device)
-    own[:, index, :, index] = rearrange(visible, "n g i j -> g n i j")
-    mask[:, prefix:, prefix:] = rearrange(own, "n g i h j -> n (g i) (h j)")
-    return mask
+def packed_mask(visible: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask (…, S, P + S) of suffixes that see the prefix, and of themselves `visible` (…, S, S)."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return F.pad(mask, (prefix, 0))
