@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,16 +46,23 @@ class SharedPrefixAttention(nn.Module):
         length, seen = attn_mask.shape[-2:]
         prefix = seen - length
         projected = F.linear(query[0], own.in_proj_weight, own.in_proj_bias)
-        heads = rearrange(projected, "l (qkv h d) -> qkv h l d", qkv=3, h=own.num_heads)
-        q, k, v = rearrange(heads[:, :, prefix:], "qkv h (k s) d -> qkv h k s d", s=length)
-        shared_q, shared_k, shared_v = heads[:, :, :prefix]
-
-        def with_prefix(shared: Tensor, each: Tensor) -> Tensor:
-            return torch.cat([repeat(shared, "h p d -> h k p d", k=each.shape[1]), each], dim=2)
-
-        attended = F.scaled_dot_product_attention(q, with_prefix(shared_k, k), with_prefix(shared_v, v), attn_mask)
+        sizes = [prefix, len(projected) - prefix]
+        (shared_q, q), (shared_k, k), (shared_v, v) = (
+            rearrange(part, "l (h d) -> h l d", h=own.num_heads).split(sizes, dim=1)
+            for part in projected.chunk(3, dim=-1)
+        )
         first = F.scaled_dot_product_attention(shared_q[None], shared_k[None], shared_v[None], is_causal=True)[0]
-        merged = torch.cat([rearrange(first, "h p d -> p (h d)"), rearrange(attended, "h k s d -> (k s) (h d)")])
+
+        q = q * own.head_dim**-0.5
+        each_q, each_k, each_v = (rearrange(part, "h (k s) d -> h k s d", s=length) for part in (q, k, v))
+        to_prefix = rearrange(q @ shared_k.mT, "h (k s) p -> h k s p", s=length)
+        to_own = each_q @ each_k.mT + attn_mask[..., prefix:]
+        precision = torch.promote_types(q.dtype, torch.float32)
+        weights = torch.cat([to_prefix, to_own], dim=-1).softmax(dim=-1, dtype=precision).to(q.dtype)
+        on_prefix, on_own = weights.split([prefix, length], dim=-1)
+        from_prefix = rearrange(on_prefix, "h k s p -> h (k s) p") @ shared_v
+        from_own = rearrange(on_own @ each_v, "h k s d -> h (k s) d")
+        merged = rearrange(torch.cat([first, from_prefix + from_own], dim=1), "h l d -> l (h d)")
         return own.out_proj(merged)[None], None
 
 
