@@ -1,8 +1,8 @@
 """The recipe that we recommend, where it departs from the paper, and why.
 
 The paper's settings are the defaults of `OrdinalPromptHead` and `OrdinalPromptLoss`.  On frozen features of two text
-sets these settings did better, with few labels and with many (`examples/RESULTS.md`, which also says how they were found
-and what to doubt):
+sets these settings did better, with few labels and with many (`examples/RESULTS.md` has the tables, how the settings
+were found, and what to doubt):
 
 - rank names, where there are any, start rank embeddings of their own instead of three shared bases, whose mixtures are
   nearly the same text; ranks without names stay interpolated;

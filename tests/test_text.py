@@ -109,7 +109,10 @@ def test_text_gives_the_features_of_encode_text(name: str) -> None:
 @pytest.mark.parametrize("options", [{"rank_position": "front"}, {"rank_specific_context": True}, {"context": 0}])
 def test_prompts_that_share_no_token(options: dict[str, Any]) -> None:
     """As with a tokenizer without a start token."""
-    config = next(config for config in KINDS.values() if "mt5" in config["text_cfg"].get("hf_tokenizer_name", ""))
+    names = [name for name, config in KINDS.items() if "mt5" in config["text_cfg"].get("hf_tokenizer_name", "")]
+    if not names:
+        pytest.skip("this open_clip is too old: no causal tower with a tokenizer of T5's kind")
+    config = KINDS[names[0]]
     model, tokenizer = build(config)
     options = {"context": "a photo of", **options}
     template = (
