@@ -307,7 +307,7 @@ class CosineHead(nn.Module):
 
     def export(self) -> nn.Module:
         """The same as layers of torch.nn."""
-        return stock_layers(self.log_scale.detach().exp() * F.normalize(self.weight.detach(), dim=-1), None, True)
+        return stock_layers(self.log_scale.detach().exp() * F.normalize(self.weight.detach(), dim=-1), None, None, True)
 
 
 def logits_from_exceedance(exceeds: Tensor) -> Tensor:

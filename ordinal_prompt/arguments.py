@@ -143,7 +143,9 @@ def check_log_scale(log_scale: float | None) -> None:
         )
 
 
-def check_alignment(alignment: float) -> float:
-    if not 0 <= alignment < math.inf:
-        raise ValueError(f"Expected `alignment` to be finite and not negative, but got {alignment}.")
-    return float(alignment)
+def check_factor(value: float, argument: str, positive: bool = False) -> float:
+    """A finite factor, at least zero (or above)."""
+    if not (0 <= value < math.inf) or (positive and value == 0):
+        bound = "positive" if positive else "not negative"
+        raise ValueError(f"Expected `{argument}` to be finite and {bound}, but got {value}.")
+    return float(value)

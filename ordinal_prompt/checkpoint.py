@@ -46,6 +46,7 @@ def save(head: Any, folder: Path) -> None:
         "normalize": head.normalize,
         "learn_logit_scale": head.logit_scale.requires_grad,
         "alignment": head.alignment_scale,
+        "residual": head.residual_scale,
         "freeze_text_encoder": head._frozen,
         "dtype": _name(prompt.rank_embeddings.dtype),
         "text_encoder_dtype": _name(_dtype(head.text_encoder) or prompt.special.dtype),
@@ -108,6 +109,7 @@ def load(cls: Any, folder: Path, text_encoder: Any) -> Any:
         log_scale=None,
         learn_logit_scale=config["learn_logit_scale"],
         alignment=config["alignment"],
+        residual=config.get("residual", 0.0),
         freeze_text_encoder=encoder is None or config["freeze_text_encoder"],
     )
     head._source = config["source"]

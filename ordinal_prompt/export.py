@@ -37,7 +37,7 @@ def linear_layer(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn
     return layer.eval()
 
 
-def stock_layers(weight: Tensor, projection: nn.Linear | None, normalize: bool) -> nn.Module:
+def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | None, normalize: bool) -> nn.Module:
     """A whole head in layers of torch.nn.
 
     Unit norm is an RMSNorm over √D, which is folded into the weight.  Without it, projection and prototypes are one
@@ -45,19 +45,22 @@ def stock_layers(weight: Tensor, projection: nn.Linear | None, normalize: bool) 
 
     Args:
         weight: (K, D) scaled prototypes.
+        bias: (K,) added to the logits, or None.
         projection: the linear layer in front of them.
         normalize: whether features are brought to unit norm.
     """
     dim = weight.shape[1]
     if not normalize:
         if projection is None:
-            return linear_layer(weight, None)
+            return linear_layer(weight, bias)
         exact = weight.double()
-        bias = None if projection.bias is None else (exact @ projection.bias.double()).to(weight.dtype)
+        if projection.bias is not None:
+            shift = exact @ projection.bias.double()
+            bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
         return linear_layer((exact @ projection.weight.double()).to(weight.dtype), bias)
     # As small as the norm below which features count as zero; the default would damp short features.
     norm = nn.RMSNorm(dim, eps=NORM_EPS**2 / dim, elementwise_affine=False)
-    layers: list[nn.Module] = [norm, linear_layer(weight / dim**0.5, None)]
+    layers: list[nn.Module] = [norm, linear_layer(weight / dim**0.5, bias)]
     if projection is not None:
         layers.insert(0, linear_layer(projection.weight, projection.bias))
     return nn.Sequential(*layers).eval()

@@ -5,6 +5,7 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 from ordinal_prompt.arguments import (
     DEFAULT_BASE_RANKS,
     MAX_FACTOR,
-    check_alignment,
     check_base_ranks,
+    check_factor,
     check_integer,
     check_log_scale,
     check_names,
@@ -74,6 +75,11 @@ class OrdinalPromptHead(nn.Module):
         alignment: learn a linear map I + alignment · A, A (D, D) from zero, between features and prototypes, which lets
             the prototypes leave the text encoder's range where the data ask for it.  Exports fold it into their weight.
             0 (the paper) leaves it out; see `ordinal_prompt.recipe`.
+        residual: learn a linear layer from zero, times this factor, beside the prototypes: what language does not know,
+            how frequent the ranks are included.  Exports fold it into their weight and bias.  0 (the paper) leaves it
+            out.
+        confidence: factor on the default of `logit_scale`.  Below 1 the names' say is smaller at the start; together
+            with `learn_logit_scale` it grows as far as the data agree with them.
         freeze_text_encoder: freeze a view of the text encoder.  False trains the caller's own parameters, and makes
             them part of the state dict.
         device: where the head and its half of the text encoder live; default the text encoder's device.
@@ -84,6 +90,7 @@ class OrdinalPromptHead(nn.Module):
         logit_scale: () log of the factor on the cosines.
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment: (D, D) the A of the alignment, or None.
+        residual: the linear layer beside the prototypes, from `embed_dim` to K, or None.
         text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict.
 
     Raises:
@@ -110,6 +117,7 @@ class OrdinalPromptHead(nn.Module):
     text_encoder: Any
     projection: nn.Linear | None
     alignment: nn.Parameter | None
+    residual: nn.Linear | None
 
     def __init__(
         self,
@@ -130,6 +138,8 @@ class OrdinalPromptHead(nn.Module):
         logit_scale: float | None = None,
         learn_logit_scale: bool = False,
         alignment: float = 0.0,
+        residual: float = 0.0,
+        confidence: float = 1.0,
         freeze_text_encoder: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -143,10 +153,15 @@ class OrdinalPromptHead(nn.Module):
         tokens_per_rank = check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
         if in_features is not None:
             in_features = check_integer(in_features, "in_features", least=1)
-        alignment = check_alignment(alignment)
+        alignment = check_factor(alignment, "alignment")
+        residual = check_factor(residual, "residual")
+        confidence = check_factor(confidence, "confidence", positive=True)
         check_log_scale(logit_scale)
 
         encoder, embed_tokens, own_log_scale = adapt(text_encoder, trainable=not freeze_text_encoder)
+        log_scale = logit_scale
+        if log_scale is None and own_log_scale is not None:
+            log_scale = own_log_scale + math.log(confidence)
         words = base_names or names
         if tokenizer is None and (isinstance(context, str) or words is not None):
             raise ValueError(
@@ -198,9 +213,10 @@ class OrdinalPromptHead(nn.Module):
             embed_dim=encoder.embed_dim,
             in_features=in_features,
             normalize=bool(normalize),
-            log_scale=own_log_scale if logit_scale is None else logit_scale,
+            log_scale=log_scale,
             learn_logit_scale=bool(learn_logit_scale),
             alignment=alignment,
+            residual=residual,
             freeze_text_encoder=bool(freeze_text_encoder),
         )
         context_start = embed(written.context_ids) if written.context_ids is not None else None
@@ -215,8 +231,8 @@ class OrdinalPromptHead(nn.Module):
             ranks=None if of_bases else names_start,
             base_ranks=names_start if of_bases else None,
         )
-        if logit_scale is None and own_log_scale is None:
-            self._measure_logit_scale()
+        if log_scale is None:
+            self._measure_logit_scale(confidence)
 
     def _assemble(
         self,
@@ -230,6 +246,7 @@ class OrdinalPromptHead(nn.Module):
         log_scale: float | None,
         learn_logit_scale: bool,
         alignment: float,
+        residual: float,
         freeze_text_encoder: bool,
     ) -> None:
         """Puts the parts together; the constructor and `from_pretrained` differ in where these come from."""
@@ -253,6 +270,12 @@ class OrdinalPromptHead(nn.Module):
         self.alignment = None
         if alignment:
             self.alignment = nn.Parameter(torch.zeros(embed_dim, embed_dim, device=device, dtype=dtype))
+        self.residual_scale = residual
+        self.residual = None
+        if residual:
+            self.residual = nn.Linear(embed_dim, prompt.num_ranks, device=device, dtype=dtype)
+            nn.init.zeros_(self.residual.weight)
+            nn.init.zeros_(self.residual.bias)
         if isinstance(text_encoder, nn.Module):
             text_encoder.to(device)
             if freeze_text_encoder:
@@ -318,7 +341,7 @@ class OrdinalPromptHead(nn.Module):
             features = features.to(dtype)
             if self.normalize:
                 features = F.normalize(features, dim=-1)
-            return F.linear(features, self._weight(prototypes.to(dtype)))
+            return F.linear(features, self._weight(prototypes.to(dtype)), self._bias(dtype))
 
     def prototypes(self) -> Tensor:
         """The rank prototypes.
@@ -374,18 +397,21 @@ class OrdinalPromptHead(nn.Module):
         (`export()` brings the projection along).
 
         Args:
-            bias: add a bias of zeros, so that the weights load into an `nn.Linear(D, K)` that has one.
+            bias: give the layer a bias also where the head has none, of zeros, so that the weights load into an
+                `nn.Linear(D, K)` that has one.
 
         Returns:
-            A new layer, weight (K, D) = exp(logit_scale) · prototypes (times the alignment, if any): a
+            A new layer, weight (K, D) = exp(logit_scale) · prototypes (with alignment and residual, if any): a
             `PrototypeLinear`, or with `normalize=False` exactly `nn.Linear`.
 
         Raises:
             ValueError: learned tensors that are not finite.
         """
         weight = self._exported_weight()
-        zeros = torch.zeros_like(weight[:, 0]) if bias else None
-        layer = linear_layer(weight, zeros, PrototypeLinear if self.normalize else nn.Linear)
+        offset = self._bias(weight.dtype)
+        if bias and offset is None:
+            offset = torch.zeros_like(weight[:, 0])
+        layer = linear_layer(weight, offset, PrototypeLinear if self.normalize else nn.Linear)
         return layer.to(self.prompt.rank_embeddings.dtype)
 
     def export(self) -> nn.Module:
@@ -401,7 +427,8 @@ class OrdinalPromptHead(nn.Module):
         """
         if self.projection is not None:
             check_finite(projection_weight=self.projection.weight, projection_bias=self.projection.bias)
-        layers = stock_layers(self._exported_weight(), self.projection, self.normalize)
+        weight = self._exported_weight()
+        layers = stock_layers(weight, self._bias(weight.dtype), self.projection, self.normalize)
         return layers.to(self.prompt.rank_embeddings.dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -485,13 +512,19 @@ class OrdinalPromptHead(nn.Module):
         weight = self.logit_scale.to(prototypes.dtype).exp() * prototypes
         if self.alignment is not None:
             weight = weight + self.alignment_scale * (weight @ self.alignment.to(prototypes.dtype))
+        if self.residual is not None:
+            weight = weight + self.residual_scale * self.residual.weight.to(prototypes.dtype)
         return weight
 
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(K,) what is added to the logits, or None."""
+        return None if self.residual is None else self.residual_scale * self.residual.bias.to(dtype)
+
     @torch.no_grad()
-    def _measure_logit_scale(self) -> None:
+    def _measure_logit_scale(self, confidence: float) -> None:
         prototypes = self._cached_prototypes()
         spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
-        self.logit_scale.copy_((LOGIT_SPREAD / spread).clamp(max=MAX_FACTOR).log())
+        self.logit_scale.copy_((confidence * LOGIT_SPREAD / spread).clamp(max=MAX_FACTOR).log())
 
     @torch.no_grad()
     def _exported_weight(self) -> Tensor:
@@ -501,6 +534,8 @@ class OrdinalPromptHead(nn.Module):
             rank_embeddings=prompt.rank_embeddings,
             logit_scale=self.logit_scale,
             alignment=self.alignment,
+            residual_weight=None if self.residual is None else self.residual.weight,
+            residual_bias=None if self.residual is None else self.residual.bias,
         )
         prototypes = self._cached_prototypes()
         check_finite(prototypes=prototypes)

@@ -1,16 +1,20 @@
 """The recipe that we recommend, where it departs from the paper, and why.
 
-The paper's settings are the defaults of `OrdinalPromptHead` and `OrdinalPromptLoss`.  On frozen features of two text
-sets these settings did better, with few labels and with many (`examples/RESULTS.md` has the tables, how the settings
-were found, and what to doubt):
+The paper's settings are the defaults of `OrdinalPromptHead` and `OrdinalPromptLoss`.  On frozen features of texts these
+settings did better, with few labels and with many (`examples/RESULTS.md` has the tables, how the settings were found,
+and what to doubt):
 
 - rank names, where there are any, start rank embeddings of their own instead of three shared bases, whose mixtures are
   nearly the same text; ranks without names stay interpolated;
-- a linear map near the identity between features and prototypes (`alignment`) keeps prompts from falling behind a
-  linear head when there is plenty of data;
+- names are hypotheses: their similarities start at a third of their usual weight (`confidence`), and that weight is
+  learned.  Where the features agree with the names it grows within a few steps; where they do not, a head that starts
+  at full weight stays behind a linear one;
+- a linear map near the identity between features and prototypes (`alignment`) and a linear layer beside them
+  (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head; the
+  layer's bias learns how frequent the ranks are;
 - prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; not to let them
   learn at all (`head.prompt.requires_grad_(False)`) costs next to nothing in error, and makes a step as cheap as a
-  linear head's;
+  linear head's.  The weight of the names and the bias, K + 1 numbers, learn ten times faster;
 - cross-entropy alone: the text-to-image term balances the ranks, which costs mean absolute error.
 """
 
@@ -23,8 +27,11 @@ from torch import nn
 
 from ordinal_prompt.head import OrdinalPromptHead
 
-PROMPT_LR_SCALE = 0.05
 ALIGNMENT = 0.05
+RESIDUAL = 5.0
+CONFIDENCE = 0.3
+PROMPT_LR_SCALE = 0.05
+OFFSET_LR_SCALE = 10.0
 
 
 def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
@@ -34,17 +41,21 @@ def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
     Args:
         ranks: the number of ranks, or their names, as for the head.
 
-    >>> recipe(["bad", "fair", "good"])
-    {'interpolation': None, 'alignment': 0.05}
-    >>> recipe(101)
-    {'interpolation': 'linear', 'alignment': 0.05}
+    >>> recipe(["bad", "fair", "good"])["interpolation"], recipe(101)["interpolation"]
+    (None, 'linear')
     """
-    interpolation = "linear" if hasattr(ranks, "__index__") else None  # numbers of NumPy and torch, too
-    return {"interpolation": interpolation, "alignment": ALIGNMENT}
+    return {
+        "interpolation": "linear" if hasattr(ranks, "__index__") else None,  # numbers of NumPy and torch, too
+        "alignment": ALIGNMENT,
+        "residual": RESIDUAL,
+        "confidence": CONFIDENCE,
+        "learn_logit_scale": True,
+    }
 
 
 def parameter_groups(model: nn.Module, lr: float, prompt_lr_scale: float = PROMPT_LR_SCALE) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which prompts learn more slowly than the rest.
+    """Parameter groups for an optimizer in which prompts learn more slowly than the rest, and the few numbers that say
+    how far to trust them (`logit_scale` and the residual's bias, where they learn) faster.
 
     Args:
         model: a model that holds prompt heads, or a head.
@@ -59,8 +70,18 @@ def parameter_groups(model: nn.Module, lr: float, prompt_lr_scale: float = PROMP
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
-    prompts = [parameter for head in heads for parameter in head.prompt.parameters() if parameter.requires_grad]
-    known = {id(parameter) for parameter in prompts}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in known]
-    groups = [{"params": rest, "lr": lr}, {"params": prompts, "lr": lr * prompt_lr_scale, "weight_decay": 0.0}]
+    prompts = [parameter for head in heads for parameter in head.prompt.parameters()]
+    offsets: list[nn.Parameter] = []
+    for head in heads:
+        offsets += [head.logit_scale] if isinstance(head.logit_scale, nn.Parameter) else []
+        offsets += [head.residual.bias] if head.residual is not None else []
+    known = {id(parameter) for parameter in (*prompts, *offsets)}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "lr": lr},
+        {"params": prompts, "lr": lr * prompt_lr_scale, "weight_decay": 0.0},
+        {"params": offsets, "lr": lr * OFFSET_LR_SCALE, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return [group for group in groups if group["params"]]

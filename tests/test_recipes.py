@@ -26,8 +26,11 @@ def test_a_head_starts_at_its_names(clip: Any, tokenizer: Any) -> None:
         clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", interpolation=None
     ).eval()
     assert torch.equal(head.prototypes(), plain.prototypes())
-    assert head.alignment.shape == (12, 12)
-    assert head.alignment.abs().max() == 0
+    assert [tuple(p.shape) for p in (head.alignment, head.residual.weight, head.residual.bias)] == [
+        (12, 12), (4, 12), (4,)
+    ]  # fmt: skip
+    features = torch.randn(5, 12)
+    torch.testing.assert_close(head(features), 0.3 * plain(features))  # the alignment and the residual start at zero
 
 
 def test_without_a_scale_of_its_own_it_is_ten_over_the_spread(clip: Any, tokenizer: Any) -> None:
@@ -36,49 +39,108 @@ def test_without_a_scale_of_its_own_it_is_ten_over_the_spread(clip: Any, tokeniz
     head = build(tower, tokenizer)
     prototypes = head.eval().prototypes()
     spread = (prototypes - prototypes.mean(0)).norm(dim=1).square().mean().sqrt()
-    assert head.logit_scale.exp().item() == pytest.approx(10 / spread.item(), rel=1e-4)
-    assert not head.logit_scale.requires_grad
+    assert head.logit_scale.exp().item() == pytest.approx(0.3 * 10 / spread.item(), rel=1e-4)
+    assert head.logit_scale.requires_grad
+    plain = op.OrdinalPromptHead(tower, NAMES, tokenizer=tokenizer, interpolation=None)
+    assert not plain.logit_scale.requires_grad
+    spread = (plain.eval().prototypes() - plain.prototypes().mean(0)).norm(dim=1).square().mean().sqrt()
+    assert plain.logit_scale.exp().item() == pytest.approx(10 / spread.item(), rel=1e-4)
     assert build(tower, tokenizer, logit_scale=1.0).logit_scale == 1
+
+
+def learned(head: op.OrdinalPromptHead) -> op.OrdinalPromptHead:
+    with torch.no_grad():
+        for parameter in (head.alignment, *head.residual.parameters()):
+            parameter.normal_()
+    return head
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"in_features": 7}, {"normalize": False}, {"in_features": 7, "normalize": False}]
 )
-def test_alignment_is_exported(options: dict[str, Any], clip: Any, tokenizer: Any) -> None:
-    head = build(clip, tokenizer, **options)
-    unaligned = head.export()
+@pytest.mark.parametrize("parts", [{}, {"residual": 0.0}, {"alignment": 0.0}])
+def test_alignment_and_residual_are_exported(
+    options: dict[str, Any], parts: dict[str, float], clip: Any, tokenizer: Any
+) -> None:
+    settings = {**op.recipe(NAMES), **parts, **options}
+    head = op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, **settings)
+    untrained = head.export()
     with torch.no_grad():
-        head.alignment.normal_()
+        for parameter in (head.alignment, *(head.residual.parameters() if head.residual is not None else ())):
+            if parameter is not None:
+                parameter.normal_()
     features = torch.randn(5, head.in_features)
     expected = head(features).detach()
     torch.testing.assert_close(head.export()(features), expected, rtol=1e-4, atol=1e-4)
-    assert (unaligned(features) - expected).abs().max() > 0.1
+    assert (untrained(features) - expected).abs().max() > 0.1
     if "in_features" not in options:
-        torch.testing.assert_close(head.export_prototypes()(features), expected, rtol=1e-4, atol=1e-4)
+        layer = head.export_prototypes()
+        torch.testing.assert_close(layer(features), expected, rtol=1e-4, atol=1e-4)
+        assert (layer.bias is None) == (head.residual is None)
+        assert head.export_prototypes(bias=True).bias.shape == (4,)
         unit = nn.functional.normalize(features, dim=1) if head.normalize else features
-        by_hand = unit @ (torch.eye(12) + 0.05 * head.alignment).T @ head.prototypes().T * head.logit_scale.exp()
+        aligned = unit if head.alignment is None else unit @ (torch.eye(12) + 0.05 * head.alignment).T
+        by_hand = aligned @ head.prototypes().T * head.logit_scale.exp()
+        if head.residual is not None:
+            by_hand = by_hand + 5 * head.residual(unit)
         torch.testing.assert_close(expected, by_hand, rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_is_saved(clip: Any, tokenizer: Any, tmp_path: Any) -> None:
-    head = build(clip, tokenizer).eval()
-    with torch.no_grad():
-        head.alignment.normal_()
+def test_alignment_and_residual_are_saved(clip: Any, tokenizer: Any, tmp_path: Any) -> None:
+    head = learned(build(clip, tokenizer)).eval()
     head.save_pretrained(tmp_path)
     features = torch.randn(3, 12)
-    torch.testing.assert_close(op.OrdinalPromptHead.from_pretrained(tmp_path)(features), head(features))
+    loaded = op.OrdinalPromptHead.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(features), head(features))
+    torch.testing.assert_close(loaded.half().float()(features), head(features), rtol=0.05, atol=0.5)
+    torch.testing.assert_close(copy.deepcopy(head)(features), head(features))
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "alignment", "residual.weight", "residual.bias"])
+def test_what_is_not_finite_is_not_exported(name: str, clip: Any, tokenizer: Any) -> None:
+    head = build(clip, tokenizer)
+    with torch.no_grad():
+        head.get_parameter(name).fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"{name.replace('.', '_')} has values that are not finite"):
+        head.export()
 
 
 def test_prompts_learn_more_slowly(clip: Any, tokenizer: Any) -> None:
     head = build(clip, tokenizer)
     model = nn.Sequential(nn.Linear(3, 12), head)
-    rest, prompts = op.parameter_groups(model, lr=1e-3)
+    rest, prompts, offsets = op.parameter_groups(model, lr=1e-3)
     assert (rest["lr"], prompts["lr"], prompts["weight_decay"]) == (1e-3, pytest.approx(5e-5), 0)
+    assert (offsets["lr"], offsets["weight_decay"]) == (pytest.approx(1e-2), 0)
     assert {id(p) for p in prompts["params"]} == {id(p) for p in head.prompt.parameters()}
-    assert {id(p) for p in rest["params"]} == {id(p) for p in (*model[0].parameters(), head.alignment)}
+    assert {id(p) for p in offsets["params"]} == {id(head.logit_scale), id(head.residual.bias)}
+    free = (*model[0].parameters(), head.alignment, head.residual.weight)
+    assert {id(p) for p in rest["params"]} == {id(p) for p in free}
     head.prompt.requires_grad_(False)
-    assert len(op.parameter_groups(model, lr=1e-3)) == 1
+    assert len(op.parameter_groups(model, lr=1e-3)) == 2
     torch.optim.AdamW(op.parameter_groups(model, lr=1e-3)).step()
+    paper = op.OrdinalPromptHead(clip, 5)
+    assert [group["lr"] for group in op.parameter_groups(paper, lr=1e-3)] == [pytest.approx(5e-5)]
+
+
+def test_names_are_trusted_as_far_as_features_agree(clip: Any, tokenizer: Any) -> None:
+    """The learned weight of the names grows on features beside their prototypes, and shrinks on others."""
+    grown = []
+    for agree in (True, False):
+        torch.manual_seed(0)
+        head = build(clip, tokenizer)
+        head.prompt.requires_grad_(False)
+        labels = torch.arange(200) % 4
+        features = head.prototypes()[labels if agree else 3 - labels] + 0.1 * torch.randn(200, 12)
+        before = head.logit_scale.item()
+        optimizer = torch.optim.Adam(op.parameter_groups(head, lr=3e-3))
+        for _ in range(10):
+            loss = op.OrdinalPromptLoss(kl_weight=0)(head(features), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        grown.append(head.logit_scale.item() - before)
+    assert grown[0] > 0.1
+    assert grown[1] < -0.1
 
 
 def test_mistakes(clip: Any) -> None:
@@ -86,3 +148,7 @@ def test_mistakes(clip: Any) -> None:
         op.parameter_groups(nn.Linear(2, 2), lr=1)
     with pytest.raises(ValueError, match="`alignment` to be finite"):
         op.OrdinalPromptHead(clip, 5, alignment=-1)
+    with pytest.raises(ValueError, match="`residual` to be finite and not negative"):
+        op.OrdinalPromptHead(clip, 5, residual=float("nan"))
+    with pytest.raises(ValueError, match="`confidence` to be finite and positive"):
+        op.OrdinalPromptHead(clip, 5, confidence=0)
