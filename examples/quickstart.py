@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import DataError, Part, RankedTexts, load_minilm, load_words, progress_bar
+from _data import Part, RankedTexts, load_minilm, load_words, progress_bar
+from _errors import UserError, skip_unreachable_hub
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +71,7 @@ def make_text_encoder(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return load_minilm()
     from ordinal_prompt.checkpoint import load_open_clip
 
+    skip_unreachable_hub()
     logging.disable(logging.ERROR)  # a hub that cannot be reached is reported once, below
     try:
         return load_open_clip(arguments.clip, arguments.pretrained)
@@ -201,7 +203,7 @@ def main() -> None:
             parser.error(f"--{name} must be at least 1")
     try:
         run(arguments)
-    except (DataError, ConnectionError, ValueError) as error:
+    except (UserError, ConnectionError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
 
 

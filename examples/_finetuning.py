@@ -1,0 +1,301 @@
+"""What fine-tuning on images and on texts has in common: the options of the data, a run, and what each run leaves."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _errors import UserError
+from _files import write_text
+from _heads import Head
+from _options import count, fraction
+from _processes import Processes, evaluation_batches, seed_everything, training_batches
+from _ranks import Ranks, Row, check_ranks_present, split_rows, training_subset
+from _reports import (
+    confusion_matrix,
+    ordinal_metrics,
+    ordinality_beside_chance,
+    plot_confusion,
+    plot_history,
+    plot_similarity,
+    results_table,
+    write_predictions,
+)
+from _training import Fitted, TrainOptions, fit, predict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+# What may differ between a run and its resumption.
+FREE_SETTINGS = frozenset(
+    "data val test root output head seeds device workers threads fresh log_steps eval_batch_size preset".split()  # noqa: SIM905
+)
+# What a run leaves in its folder.
+FILES = """
+    checkpoint.pt config.json log.jsonl log.csv results.json predictions.csv model.json model.pt head.pt
+    confusion.png similarity.png history.png
+""".split()  # noqa: SIM905
+FOLDERS = ("encoder", ".encoder-new", "tensorboard")
+
+
+@dataclass
+class Data:
+    """Rows, ranks, and the parts of one split.
+
+    Attributes:
+        labels: each row's rank index.
+        parts: indices of the rows of train, val and test.
+        skipped: how many samples could not be read.
+        features: of the rows, where they are computed once.
+    """
+
+    rows: list[Row]
+    ranks: Ranks
+    labels: Tensor
+    parts: dict[str, Tensor]
+    skipped: int = 0
+    features: Tensor | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """The ranks' values, in whose units errors are measured."""
+        return [float(value) for value in self.ranks.values]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left, and the test samples: their batches, logits over the ranks (N, K), and labels (N,)."""
+
+    fitted: Fitted
+    test: DataLoader[Any]
+    logits: Tensor
+    labels: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def add_data_arguments(
+    parser: argparse.ArgumentParser, content: str, sources: str, group_example: str, default_ranks: str
+) -> Any:
+    """The options of the data; returns their group.
+
+    Args:
+        content: the column of what is rated, `path` or `text`.
+        sources: what data may be given as.
+        group_example: of rows that belong together.
+        default_ranks: where the ranks come from without `--ranks`.
+    """
+    group = parser.add_argument_group("data")
+    group.add_argument("data", type=Path, nargs="?", help=sources)
+    group.add_argument("--val", type=Path, metavar="DATA", help="validation data apart, given alike")
+    group.add_argument("--test", type=Path, metavar="DATA", help="test data apart, given alike")
+    for name, help_text in (
+        (content, f"column of the {content}s"),
+        ("label", "column of the labels"),
+        ("split", "column that says train, val or test; used where it exists"),
+    ):
+        group.add_argument(f"--{name}-column", metavar="NAME", default=name, help=f"{help_text}; default %(default)s")
+    group.add_argument(
+        "--group-column", metavar="NAME", help=f"column of groups ({group_example}) that must stay in one part"
+    )
+    group.add_argument(
+        "--ranks",
+        help=f"how many (5 means 0 to 4), a range (16-77) or a list (1,2,5) of labels; default: {default_ranks}",
+    )
+    group.add_argument(
+        "--rank-names", metavar="NAMES", help="comma list, or a file with one name a line, from the lowest rank"
+    )
+    group.add_argument(
+        "--empty-ranks",
+        choices=["refuse", "allow"],
+        default="refuse",
+        help="what to do about ranks without a training sample; default %(default)s",
+    )
+    for part in ("val", "test"):
+        group.add_argument(
+            f"--{part}-fraction",
+            type=fraction,
+            metavar="SHARE",
+            default={"val": 0.1, "test": 0.2}[part],
+            help=f"of the training data that is drawn for {part}, where none is given; default %(default)s",
+        )
+    group.add_argument("--split-seed", type=int, metavar="SEED", default=0, help="of that draw; default %(default)s")
+    group.add_argument("--shots", type=count, metavar="N", help="few-shot: N training samples per rank")
+    group.add_argument(
+        "--shift",
+        metavar="RANKS:KEEP",
+        help="label shift: the RANKS most frequent ranks keep the share KEEP of their training samples",
+    )
+    return group
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def as_part(rows: Sequence[Row], part: str, before: Sequence[Row]) -> list[Row]:
+    """Rows of the validation or test data that were given apart."""
+    if any(row.split == part for row in before):
+        raise UserError(f"--{part} was given, but the data has a {part} part already.")
+    return [Row(row.content, row.label, part, row.group, row.where) for row in rows]
+
+
+def split_data(
+    args: argparse.Namespace, rows: list[Row], ranks: Ranks, labels: Tensor, processes: Processes, skipped: int = 0
+) -> Data:
+    """The data in its parts, checked and counted."""
+    parts = split_rows(rows, labels, args.val_fraction, args.test_fraction, args.split_seed)
+    empty = check_ranks_present(ranks, labels[parts["train"]], args.empty_ranks == "allow")
+    counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    notes = (f"; {skipped} samples skipped" if skipped else "") + (
+        f"; {len(empty)} ranks without training samples" if empty else ""
+    )
+    processes.say(f"{args.data}: {ranks}; {counts}{notes}")
+    return Data(rows, ranks, labels, parts, skipped)
+
+
+def parts_of_run(args: argparse.Namespace, data: Data, seed: int) -> dict[str, Tensor]:
+    """The parts of the data, few-shot learning or a label shift applied to the training part."""
+    train = training_subset(data.parts["train"], data.labels, args.shots, args.shift, seed)
+    return {**data.parts, "train": train}
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def run_all(
+    args: argparse.Namespace,
+    data: Data,
+    run: Callable[[argparse.Namespace, str, int, Data, Processes], dict[str, Any]],
+    processes: Processes,
+) -> dict[str, list[dict[str, Any]]]:
+    """Every head with every seed; the test results by head."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in dict.fromkeys(args.head):
+        results[name] = [run(args, name, seed, data, processes) for seed in dict.fromkeys(args.seeds)]
+    table = results_table(results)
+    if processes.main:
+        write_text(table + "\n", args.output / "results.md")
+    processes.say(f"\nTest, {len(data.parts['test'])} samples (MAE in units of the ranks):\n{table}")
+    processes.say(f"\nPlots, predictions and exported models are in {args.output}.")
+    return results
+
+
+def start_run(args: argparse.Namespace, name: str, seed: int, processes: Processes) -> Path:
+    """The folder of a run, emptied of an earlier one if that is asked for; and the seed is set."""
+    folder: Path = args.output / f"{name}-seed{seed}"
+    if args.fresh and processes.main:
+        for file in FILES:
+            (folder / file).unlink(missing_ok=True)
+        for inner in FOLDERS:
+            shutil.rmtree(folder / inner, ignore_errors=True)
+    processes.share(None)
+    seed_everything(seed)
+    return folder
+
+
+def train_and_test(
+    args: argparse.Namespace,
+    model: nn.Module,
+    head: Head,
+    sets: Mapping[str, Any],
+    data: Data,
+    seed: int,
+    folder: Path,
+    processes: Processes,
+    *,
+    key: Callable[[Row], str] = lambda row: row.content,
+    collate: Callable[..., Any] | None = None,
+    eval_batch_size: int | None = None,
+) -> Trained:
+    """Trains a model, or goes on with its training, and predicts the test part.
+
+    Args:
+        sets: datasets of train, val and test, each with its `rows` and `labels`.
+        key: what a sample is known by when a run goes on.
+    """
+    options = TrainOptions.from_args(args)
+    settings = _settings(args, head.name, seed, [sets["train"], sets["val"]], key)
+    train = training_batches(sets["train"], options.batch_size, seed, processes, options.workers, collate)
+    val, test = (
+        evaluation_batches(sets[part], eval_batch_size or options.batch_size, processes, options.workers, collate)
+        for part in ("val", "test")
+    )
+    processes.say(f"{folder}: head {head.name}, seed {seed}, {len(sets['train'])} training samples")
+    if processes.main:
+        write_text(json.dumps(settings, indent=2) + "\n", folder / "config.json")
+    fitted = fit(
+        model,
+        head.loss,
+        head.logits,
+        train,
+        val if len(sets["val"]) else None,
+        data.values,
+        options,
+        processes,
+        folder,
+        settings,
+        args.freeze_backbone,
+    )
+    return Trained(fitted, test, *predict(model, head.logits, test, processes))
+
+
+def _settings(
+    args: argparse.Namespace, name: str, seed: int, sets: Sequence[Any], key: Callable[[Row], str]
+) -> dict[str, Any]:
+    """What must not change between a run and its resumption, in types of JSON."""
+    options = {option: value for option, value in vars(args).items() if option not in FREE_SETTINGS}
+    samples = [(key(row), int(label)) for part in sets for row, label in zip(part.rows, part.labels, strict=True)]
+    digest = hashlib.blake2b(repr(samples).encode(), digest_size=8).hexdigest()
+    return {**options, "head": name, "seed": seed, "samples": digest}
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def check_export(again: Tensor, logits: Tensor, tolerances: tuple[float, float], what: Path) -> float:
+    """The largest difference between an export's logits and the model's, refused beyond tolerances (rtol, atol)."""
+    difference = float((again - logits).abs().max())
+    if not torch.allclose(again, logits, *tolerances):
+        raise UserError(f"{what} does not give the model's predictions: logits differ by up to {difference:.2g}.")
+    return difference
+
+
+def describe_export(head: Head, ranks: Ranks, folder: Path, **more: Any) -> None:
+    """Writes model.json, which says how to use what was exported."""
+    told = {"head": head.name, "ranks": ranks.values, "rank_names": ranks.names, "outputs": head.meaning, **more}
+    write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
+
+
+def measure(head: Head, seed: int, trained: Trained, data: Data) -> dict[str, Any]:
+    """The results of a run on the test part."""
+    results = {"head": head.name, "seed": seed, **ordinal_metrics(trained.logits, trained.labels, data.values)}
+    if head.prototypes:
+        results |= ordinality_beside_chance(head.prototypes().float())
+    history = trained.fitted.history
+    return {
+        **results,
+        "best_epoch": trained.fitted.best_epoch,
+        "epochs": len(history),
+        "test_samples": len(trained.labels),
+        "seconds": round(sum(record["seconds"] for record in history), 1),
+    }
+
+
+def write_report(head: Head, trained: Trained, data: Data, results: Mapping[str, Any], folder: Path) -> None:
+    """Writes the predictions for the test part, plots, and the results."""
+    logits, labels = trained.logits, trained.labels
+    rows = [data.rows[i] for i in data.parts["test"].tolist()]
+    write_predictions(rows, logits, labels, data.values, folder / "predictions.csv")
+    confusion = confusion_matrix(labels, logits.argmax(dim=1), len(data.ranks))
+    plot_confusion(confusion, data.ranks, folder / "confusion.png")
+    plot_history(trained.fitted.history, folder / "history.png")
+    if head.prototypes:
+        plot_similarity(head.prototypes(), data.ranks, folder / "similarity.png")
+    write_text(json.dumps(results, indent=2) + "\n", folder / "results.json")
