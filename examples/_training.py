@@ -69,6 +69,22 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------------ the loop
 
 
+def load_states(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Gives model, optimizer, schedule and scaler their states back.
+
+    Raises:
+        UserError: states of another model.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CHECKPOINT} does not fit the model; another version may have written it. Pass --fresh to start "
+            "again, or choose another --output."
+        ) from error
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """How to train; see `add_training_arguments` for what each means."""
@@ -228,25 +244,16 @@ def fit(
     device = processes.device
     model.backbone.requires_grad_(not freeze_backbone)  # type: ignore[union-attr]
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options), weight_decay=options.weight_decay)
-    total, warm = options.epochs * len(train), options.warmup * len(train)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(options, len(train)))
     amp = precision(options.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16 and device.type == "cuda")
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {"epoch": 0, "score": math.inf, "model": None}
     finished = False
     checkpoint = processes.once(lambda: read_checkpoint(folder, settings))
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        load_states(parts, checkpoint, folder)
         history, best, finished = checkpoint["history"], checkpoint["best"], checkpoint["finished"]
         processes.say(f"{folder}: going on behind epoch {len(history)} of {options.epochs}")
         if len(checkpoint["random"]) == processes.count:
@@ -261,7 +268,6 @@ def fit(
             run = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         run = nn.parallel.DistributedDataParallel(run, [device.index] if device.type == "cuda" else None)
     board = _tensorboard(folder) if processes.main and not finished else None
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
     while len(history) < options.epochs and not finished:
         epoch = len(history) + 1
@@ -270,23 +276,8 @@ def fit(
         run.train()
         if freeze_backbone:
             model.backbone.eval()  # type: ignore[union-attr]
-        steps: list[dict[str, Tensor]] = []
         bar = tqdm(train, desc=f"epoch {epoch}/{options.epochs}", leave=False, disable=None if processes.main else True)
-        for inputs, labels in bar:
-            inputs, labels = to_device(inputs, device), labels.to(device)
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                terms = loss(run(inputs), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(torch.stack([*terms.values()]).sum()).backward()
-            if options.max_grad_norm:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            steps.append({name: term.detach().float() for name, term in terms.items()})
-            if not bar.disable:
-                bar.set_postfix({name: f"{float(term):.3f}" for name, term in steps[-1].items()})
+        steps = train_epoch(run, loss, bar, optimizer, schedule, scaler, device, amp, options.max_grad_norm)
         table = processes.mean(torch.stack([torch.stack([*step.values()]) for step in steps])).cpu()
         record: dict[str, Any] = {"epoch": epoch, "loss": float(table.sum(dim=1).mean())}
         record |= {name: float(column.mean()) for name, column in zip(steps[0], table.T, strict=True)}
@@ -309,21 +300,10 @@ def fit(
         finished = epoch == options.epochs or 0 < options.patience <= epoch - best["epoch"]
         states = processes.collect(random_states())
         if processes.main:
-            save_atomically(
-                {
-                    "format": CHECKPOINT_FORMAT,
-                    "settings": dict(settings),
-                    "finished": finished,
-                    "history": history,
-                    "best": best,
-                    "random": states,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "scaler": scaler.state_dict(),
-                },
-                folder / CHECKPOINT,
-            )
+            written = {"format": CHECKPOINT_FORMAT, "settings": dict(settings), "finished": finished}
+            written |= {"history": history, "best": best, "random": states}
+            written |= {name: part.state_dict() for name, part in parts.items()}
+            save_atomically(written, folder / CHECKPOINT)
             _log(history, folder, board)
         shown = f"val MAE {score:.3f}, best {best['score']:.3f} in epoch {best['epoch']}, " if val is not None else ""
         processes.say(f"epoch {epoch}/{options.epochs}: loss {record['loss']:.4f}, {shown}{record['seconds']:.1f} s")
@@ -333,6 +313,50 @@ def fit(
         _log(history, folder, None)
     model.load_state_dict(best["model"])
     return Fitted(history, best["epoch"])
+
+
+def cosine_with_warmup(options: TrainOptions, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate's factor at each step: up in a line, then down along a cosine."""
+    total, warm = options.epochs * steps_per_epoch, options.warmup * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+
+    return factor
+
+
+def train_epoch(
+    run: nn.Module,
+    loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    batches: Any,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: Any,
+    device: torch.device,
+    amp: torch.dtype | None,
+    max_grad_norm: float,
+) -> list[dict[str, Tensor]]:
+    """One pass over the batches (a tqdm bar); the terms of each step's loss."""
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    steps = []
+    for inputs, labels in batches:
+        inputs, labels = to_device(inputs, device), labels.to(device)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            terms = loss(run(inputs), labels)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(torch.stack([*terms.values()]).sum()).backward()
+        if max_grad_norm:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trainable, max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        steps.append({name: term.detach().float() for name, term in terms.items()})
+        if not batches.disable:
+            batches.set_postfix({name: f"{float(term):.3f}" for name, term in steps[-1].items()})
+    return steps
 
 
 @torch.no_grad()

@@ -415,6 +415,22 @@ def test_a_damaged_checkpoint_is_named(run: Callable[..., Any], table: Path, tmp
         run(*words)
 
 
+@pytest.mark.parametrize("change", ["missing", "narrower"])
+def test_a_checkpoint_of_another_model_is_named(
+    change: str, run: Callable[..., Any], table: Path, tmp_path: Path
+) -> None:
+    words = (table, "--head", "linear", *SMALL, "--output", tmp_path)
+    run(*words)
+    path = tmp_path / "linear-seed1" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    weight = checkpoint["model"].pop("head.weight")
+    if change == "narrower":
+        checkpoint["model"]["head.weight"] = weight[:, :-1]
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit the model; .*--fresh .*--output"):
+        run(*words)
+
+
 def test_a_failed_write_leaves_the_good_file(examples: dict[str, Any], tmp_path: Path) -> None:
     files = examples["files"]
     path = tmp_path / "checkpoint.pt"
