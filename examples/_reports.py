@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,18 @@ def _plot_matrix(
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and validation MAE over the epochs."""
+    """Loss over the epochs, and validation MAE where there was validation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    titles = {"loss": "training loss", "val_mae_expectation": "validation MAE"}
+    shown = [name for name in titles if name in history[0]]
+    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
     epochs = [record["epoch"] for record in history]
-    for position, (name, title) in enumerate((("loss", "training loss"), ("val_mae_expectation", "validation MAE"))):
-        axes = figure.add_subplot(1, 2, position + 1)
-        axes.plot(epochs, [record.get(name, math.nan) for record in history])
+    for position, name in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), position + 1)
+        axes.plot(epochs, [record[name] for record in history], marker="." if len(epochs) < 10 else None)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(title)
+        axes.set_ylabel(titles[name])
         axes.grid(alpha=0.3)
     _save_figure(figure, path)
 

