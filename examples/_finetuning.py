@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,11 @@ class Trained:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def new_parser(script: str, description: str | None, data: str) -> argparse.ArgumentParser:
+def new_parser(script: str, description: str | None) -> argparse.ArgumentParser:
     """A parser whose usage is one line."""
     return argparse.ArgumentParser(
         script,
-        usage=f"{script}.py ({data} | --demo) [options]",
+        usage=f"{script}.py (DATA | --demo) [options]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -110,14 +110,13 @@ def add_data_arguments(
     group.add_argument("--val", type=Path, metavar="DATA", help="validation data, where it is kept apart")
     group.add_argument("--test", type=Path, metavar="DATA", help="test data, where it is kept apart")
     for name, told in (
-        (content, f"column of the {content}s"),
-        ("label", "column of the labels"),
-        ("split", "column that says train, val or test, used where there is one"),
-        ("group", f"column of what must stay in one part ({group_example}); default none"),
+        (content, f"of the {content}s"),
+        ("label", "of the labels"),
+        ("split", "that says train, val or test, used where there is one"),
     ):
-        default = None if name == "group" else name
-        told += f"; default {default}" if default else ""
-        group.add_argument(f"--{name}-column", metavar="NAME", default=default, help=told)
+        help_text = f"column {told}; default %(default)s"
+        group.add_argument(f"--{name}-column", metavar="NAME", default=name, help=help_text)
+    group.add_argument("--group-column", metavar="NAME", help=f"column of what must stay in one part ({group_example})")
     group.add_argument(
         "--ranks",
         help=f"all labels: a number of them from 0 on (5), a range (16-77) or a list (1,2,5); default {default_ranks}",
@@ -156,7 +155,7 @@ def as_part(rows: Sequence[Row], part: str, before: Sequence[Row]) -> list[Row]:
     """Rows of the validation or test data that were given apart."""
     if any(row.split == part for row in before):
         raise UserError(f"--{part} was given, but the data has a {part} part already.")
-    return [Row(row.content, row.label, part, row.group, row.where) for row in rows]
+    return [replace(row, split=part) for row in rows]
 
 
 def split_data(
@@ -166,9 +165,8 @@ def split_data(
     parts = split_rows(rows, labels, args.val_fraction, args.test_fraction, args.split_seed)
     empty = check_ranks_present(ranks, labels[parts["train"]], args.empty_ranks == "allow")
     counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-    notes = (f"; {skipped} samples skipped" if skipped else "") + (
-        f"; {len(empty)} ranks without training samples" if empty else ""
-    )
+    notes = f"; {skipped} samples skipped" if skipped else ""
+    notes += f"; {len(empty)} ranks without training samples" if empty else ""
     processes.say(f"{args.data}: {ranks}; {counts}{notes}")
     return Data(rows, ranks, labels, parts, skipped)
 

@@ -109,15 +109,8 @@ def read_table(path: Path, content: str, label: str, split: str = "split", group
         named = (record.get(split) or "").strip().lower() or None
         if named is not None and named not in SPLIT_NAMES:
             raise UserError(f"{where}: unknown split {named!r}; known are train, val and test.")
-        rows.append(
-            Row(
-                record[content],
-                record[label].strip(),
-                SPLIT_NAMES[named] if named else None,
-                record[group] if group else None,
-                where,
-            )
-        )
+        part, together = SPLIT_NAMES[named] if named else None, record[group] if group else None
+        rows.append(Row(record[content], record[label].strip(), part, together, where))
     return rows
 
 

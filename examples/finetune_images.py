@@ -10,9 +10,9 @@ Data is a CSV file with the columns `path` and `label` (and `split`, if it is sp
 sub-folders are the ranks (or `train`, `val` and `test` with such sub-folders).  A run that was killed goes on with the
 same command behind its last complete epoch.
 
-Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`), `results.json`, `predictions.csv`, plots, and
-`model.pt`, the model for use: `torch.load("model.pt", weights_only=False)` gives a plain module that needs neither the
-text encoder nor ordinal_prompt.
+Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`, and `tensorboard/` where TensorBoard is
+installed), `results.json`, `predictions.csv`, plots, and `model.pt`, the model for use: `torch.load("model.pt",
+weights_only=False)` gives a plain module that needs neither the text encoder nor ordinal_prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ DEMO_CROP = 40
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; what a preset sets, options override."""
-    parser = new_parser(SCRIPT, __doc__, "DATA")
+    parser = new_parser(SCRIPT, __doc__)
     group = parser.add_argument_group("what to run")
     group.add_argument(
         "--demo",
@@ -172,7 +172,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the training images, or none",
+        help="mirror half of the training images",
     )
     group = parser.add_argument_group("backbone")
     group.add_argument(
@@ -243,7 +243,7 @@ def _read_source(path: Path, args: argparse.Namespace) -> tuple[list[Row], list[
             raise UserError(f"{path}: no such file or folder.")
         rows = read_table(path, args.path_column, args.label_column, args.split_column, args.group_column)
         root = args.root or path.parent
-        return [Row(str(root / row.content), row.label, row.split, row.group, row.where) for row in rows], []
+        return [replace(row, content=str(root / row.content)) for row in rows], []
     inner = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not inner:
         raise UserError(f"{path} has no sub-folders; expected one for each rank.")
@@ -605,9 +605,13 @@ def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: P
     processes.share(None)
     loaded = torch.load(path, map_location="cpu", weights_only=False).to(processes.device)
     again, _ = predict(loaded, head.logits, trained.test, processes)
-    more = {"skipped_images": data.skipped}
-    more |= {"export_difference": check_export(again, trained.logits, EXPORT_TOLERANCE, path)}
-    return processes.once(lambda: write_report(head, seed, trained, data, folder, **more))  # type: ignore[no-any-return]
+    difference = check_export(again, trained.logits, EXPORT_TOLERANCE, path)
+
+    def report() -> dict[str, Any]:
+        more = {"skipped_images": data.skipped, "export_difference": difference}
+        return write_report(head, seed, trained, data, folder, **more)
+
+    return processes.once(report)  # type: ignore[no-any-return]
 
 
 def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, ranks: Ranks) -> Head:

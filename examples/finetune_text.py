@@ -6,10 +6,12 @@
     python examples/finetune_text.py train.csv --val dev.csv --test test.csv --encoder FOLDER --backbone-lr 2e-5
 
 Data is a CSV file with the columns `text` and `label` (and `split`, if it is split already).  A run that was killed
-goes on with the same command behind its last complete epoch.  Each run leaves in `OUTPUT/HEAD-seedN`: the log
-(`log.jsonl`, `log.csv`), `results.json`, `predictions.csv`, plots, and the model for use: `head.pt`, plain layers that
-need neither the prompts' text encoder nor ordinal_prompt; `encoder/`, the tuned encoder and its tokenizer as
-transformers saves them; and `model.json`, which says how they fit together.  `load_exported` reads them.
+goes on with the same command behind its last complete epoch.
+
+Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`, and `tensorboard/` where TensorBoard is
+installed), `results.json`, `predictions.csv`, plots, and the model for use: `head.pt`, plain layers without the
+prompts' text encoder and ordinal_prompt; `encoder/`, the tuned encoder and its tokenizer as transformers saves them;
+and `model.json`, which says how they fit together.  `load_exported` reads them.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from _finetuning import (
 )
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
 from _options import count, fraction
-from _processes import Processes, started_processes
+from _processes import Processes, started_processes, to_device
 from _ranks import Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ DEMO = {
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; what the demo sets, options override."""
-    parser = new_parser(SCRIPT, __doc__, "DATA")
+    parser = new_parser(SCRIPT, __doc__)
     group = parser.add_argument_group("what to run")
     group.add_argument(
         "--demo",
@@ -233,6 +235,17 @@ def open_encoder(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@torch.no_grad()
+def encode(backbone: PooledEncoder, collate: Collate, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Features (N, D) of texts, on the CPU."""
+    device = next(backbone.parameters()).device
+    features = []
+    for start in range(0, len(texts), batch_size):
+        tokens, _ = collate([(text, 0) for text in texts[start : start + batch_size]])
+        features.append(backbone(to_device(tokens, device)).cpu())
+    return torch.cat(features)
+
+
 def set_dropout(encoder: nn.Module, rate: float) -> None:
     """Sets all dropout layers of a model."""
     for module in encoder.modules():
@@ -251,7 +264,6 @@ def prepare_data(args: argparse.Namespace, ranks: Ranks | None, processes: Proce
     return data
 
 
-@torch.no_grad()
 def compute_features(args: argparse.Namespace, texts: Sequence[str], processes: Processes) -> Tensor:
     """Features (N, D) of the frozen encoder, on the CPU."""
     model, tokenizer = open_encoder(args.encoder)
@@ -260,11 +272,7 @@ def compute_features(args: argparse.Namespace, texts: Sequence[str], processes: 
         features = embed_texts(model, tokenizer, texts, max_tokens=args.max_tokens, progress=processes.main)
         return unit_rms(features)
     backbone, collate = PooledEncoder(model, args.pooling), Collate(tokenizer, args.max_tokens)
-    features = []
-    for start in range(0, len(texts), args.eval_batch_size):
-        tokens, _ = collate([(text, 0) for text in texts[start : start + args.eval_batch_size]])
-        features.append(backbone({name: ids.to(processes.device) for name, ids in tokens.items()}).cpu())
-    return torch.cat(features)
+    return encode(backbone, collate, texts, args.eval_batch_size)
 
 
 def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: Processes) -> dict[str, Any]:
@@ -347,8 +355,7 @@ def load_exported(folder: str | Path, batch_size: int = 64) -> Callable[[Sequenc
 
     @torch.no_grad()
     def outputs(texts: Sequence[str]) -> Tensor:
-        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-        return torch.cat([head(backbone(collate([(text, 0) for text in batch])[0])) for batch in batches])
+        return head(encode(backbone, collate, texts, batch_size))  # type: ignore[no-any-return]
 
     return outputs
 
