@@ -16,7 +16,7 @@ import torch
 from _errors import UserError
 from _files import write_text
 from _heads import Head
-from _options import count, fraction
+from _options import add_choice, count, fraction
 from _processes import Processes, evaluation_batches, seed_everything, training_batches
 from _ranks import Ranks, Row, check_ranks_present, split_rows, training_subset
 from _reports import (
@@ -29,7 +29,7 @@ from _reports import (
     results_table,
     write_predictions,
 )
-from _training import Fitted, TrainOptions, fit, predict
+from _training import TrainOptions, fit, predict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -71,10 +71,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, and the test samples: their batches, logits over the ranks (N, K), and labels (N,)."""
+    """A trained model, its log, and the test samples: their batches, logits over the ranks (N, K), and labels (N,)."""
 
     model: nn.Sequential
-    fitted: Fitted
+    history: list[dict[str, Any]]
     test: DataLoader[Any]
     logits: Tensor
     labels: Tensor
@@ -124,12 +124,7 @@ def add_data_arguments(
     group.add_argument(
         "--rank-names", metavar="NAMES", help="comma list, or a file with one name a line, from the lowest rank"
     )
-    group.add_argument(
-        "--empty-ranks",
-        choices=["refuse", "allow"],
-        default="refuse",
-        help="what to do about ranks without a training sample; default %(default)s",
-    )
+    add_choice(group, "--empty-ranks", ["refuse", "allow"], "what to do about ranks without a training sample")
     for option, part, share in (("--val-fraction", "validation", 0.1), ("--test-fraction", "test", 0.2)):
         group.add_argument(
             option,
@@ -238,8 +233,8 @@ def train_and_test(
     )
     processes.say(f"{folder}: head {head.name}, seed {seed}, {len(few)} training samples")
     freeze, seen = args.freeze_backbone, val if len(sets["val"]) else None
-    fitted = fit(model, head, train, seen, data.values, options, processes, folder, settings, freeze)
-    return Trained(model, fitted, test, *predict(model, head.logits, test, processes))
+    history = fit(model, head, train, seen, data.values, options, processes, folder, settings, freeze)
+    return Trained(model, history, test, *predict(model, head.logits, test, processes))
 
 
 def _settings(
@@ -271,14 +266,14 @@ def describe_export(head: Head, ranks: Ranks, folder: Path, **more: Any) -> None
 
 def write_report(head: Head, seed: int, trained: Trained, data: Data, folder: Path, **more: Any) -> dict[str, Any]:
     """Measures on the test part, and writes results, predictions and plots; returns the results."""
-    logits, labels, history = trained.logits, trained.labels, trained.fitted.history
+    logits, labels, history = trained.logits, trained.labels, trained.history
     results = {"head": head.name, "seed": seed, **ordinal_metrics(logits, labels, data.values)}
     if head.prototypes:
         prototypes = head.prototypes().float().cpu()
         results |= ordinality_beside_chance(prototypes)
         plot_similarity(prototypes, data.ranks, folder / "similarity.png")
     results |= {
-        "best_epoch": trained.fitted.best_epoch,
+        "best_epoch": history[-1]["best_epoch"],
         "epochs": len(history),
         "test_samples": len(labels),
         "seconds": round(sum(record["seconds"] for record in history), 1),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from _data import load_encoder, load_minilm
 from _errors import UserError, needs_network, skip_unreachable_hub
-from _options import add_field, factor
+from _options import add_choice, add_field, factor
 from _processes import global_mean
 from _ranks import Ranks
 from torch import Tensor, nn
@@ -114,27 +114,13 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --head prompt: what the library recommends in the place of the paper's settings: rank names keep "
         "embeddings of their own, --alignment 0.05, --kl-weight 0, prompts at a twentieth of --lr",
     )
-    group.add_argument(
-        "--interpolation",
-        choices=INTERPOLATIONS,
-        default=default.interpolation,
-        help="how --head prompt makes the ranks' embeddings of those of base ranks; default %(default)s",
-    )
+    told = "how --head prompt makes the ranks' embeddings of those of base ranks"
+    add_choice(group, "--interpolation", INTERPOLATIONS, told)
     add("--num-base-ranks", int, "B", "how many base ranks; default 3")
-    group.add_argument(
-        "--rank-position",
-        choices=["tail", "front", "middle"],
-        default=default.rank_position,
-        help="where the rank stands in the prompt; default %(default)s",
-    )
+    add_choice(group, "--rank-position", ["tail", "front", "middle"], "where the rank stands in the prompt")
     add("--tokens-per-rank", int, "T", "tokens that stand for a rank without a name; default %(default)s")
-    group.add_argument(
-        "--projection",
-        choices=["auto", "yes", "no"],
-        default=default.projection,
-        help="a linear layer from the features to the text encoder's space, before the prompt heads; default auto: "
-        "unless the features lie there already",
-    )
+    told = "a linear layer from the features to the text encoder's space; auto: unless the features lie there already"
+    add_choice(group, "--projection", ["auto", "yes", "no"], told)
     add("--logit-scale", factor, "FACTOR", "on cosines; default the text encoder's, or 10 over the prototypes' spread")
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
     add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -26,6 +26,11 @@ count = _number(int, lambda value: value >= 1, "at least 1")
 rate = _number(float, lambda value: 0 <= value < math.inf, "finite and not negative")
 factor = _number(float, lambda value: 0 < value < math.inf, "positive")
 fraction = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def add_choice(group: Any, name: str, choices: Sequence[str], told: str) -> None:
+    """Adds an option whose default is the first choice."""
+    group.add_argument(name, choices=choices, default=choices[0], help=f"{told}; default %(default)s")
 
 
 def add_field(group: Any, defaults: Any, name: str, kind: Callable[[str], Any], metavar: str, told: str) -> None:

