@@ -111,8 +111,9 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe",
         action="store_true",
-        help="of --head prompt: what the library recommends in the place of the paper's settings: rank names keep "
-        "embeddings of their own, --alignment 0.05, --kl-weight 0, prompts at a twentieth of --lr",
+        help="of --head prompt: what the library recommends in the place of the paper's settings (op.recipe): rank "
+        "names keep embeddings of their own, whose weight is learned, beside linear layers for what they do not say; "
+        "prompts at a twentieth of --lr; --kl-weight 0",
     )
     told = "how --head prompt makes the ranks' embeddings of those of base ranks"
     add_choice(group, "--interpolation", INTERPOLATIONS, told)
@@ -203,7 +204,7 @@ def _prompt_head(
         raise UserError(
             f"--head {name} needs a text encoder; pass --clip MODEL --clip-pretrained TAG, or --clip minilm."
         )
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"learn_logit_scale": options.learn_logit_scale}
     if options.num_base_ranks is not None and name == "prompt":
         given["num_base_ranks"] = options.num_base_ranks
     if options.alignment:
@@ -226,7 +227,6 @@ def _prompt_head(
             rank_position=options.rank_position,
             in_features=in_features if project else None,
             logit_scale=None if options.logit_scale is None else math.log(options.logit_scale),
-            learn_logit_scale=options.learn_logit_scale,
             **given,
         )
         criterion = op.OrdinalPromptLoss(options.ce_weight, kl_weight, label_smoothing=options.label_smoothing)

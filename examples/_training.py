@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import ordinal_prompt as op
 from ordinal_prompt.losses import gather_batch
-from ordinal_prompt.recipes import PROMPT_LR_SCALE
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_FORMAT = 1
@@ -105,13 +105,11 @@ class TrainOptions:
     amp: str = "auto"
     workers: int = 0
     log_steps: bool = False
+    recipe: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TrainOptions:
-        options = cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
-        if args.recipe and options.prompt_lr is None:
-            options = replace(options, prompt_lr=PROMPT_LR_SCALE * options.lr)
-        return options
+        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,22 +151,30 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """Backbone, head and prompts of a model with `backbone` and `head`, each with its learning rate."""
-    prompt = getattr(model.head, "prompt", None)
-    prompts = [p for p in prompt.parameters() if p.requires_grad] if isinstance(prompt, nn.Module) else []
-    of_prompt = {id(p) for p in prompts}
+    """Backbone, head and prompts of a model with `backbone` and `head`, each with its learning rate.
+
+    With the recipe the library groups the parameters of a prompt head.
+    """
+    head: Any = model.head
+    prompts = {id(p) for p in head.prompt.parameters()} if isinstance(head, op.OrdinalPromptHead) else set()
     backbone = [p for p in model.backbone.parameters() if p.requires_grad]  # type: ignore[union-attr]
-    head = [p for p in model.head.parameters() if p.requires_grad and id(p) not in of_prompt]  # type: ignore[union-attr]
-
-    def rate(own: float | None) -> float:
-        return options.lr if own is None else own
-
-    groups = [
-        {"name": "backbone", "params": backbone, "lr": rate(options.backbone_lr)},
-        {"name": "head", "params": head, "lr": options.lr},
-        {"name": "prompt", "params": prompts, "lr": rate(options.prompt_lr)},
-    ]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = [{"name": "backbone", "params": backbone, "lr": options.lr}]
+    if options.backbone_lr is not None:
+        groups[0]["lr"] = options.backbone_lr
+    if options.recipe and prompts:
+        groups += [
+            {"name": "offset" if "weight_decay" in g else "head", **g} for g in op.parameter_groups(head, options.lr)
+        ]
+    else:
+        for name, inside in (("head", False), ("prompt", True)):
+            parameters = [p for p in head.parameters() if p.requires_grad and (id(p) in prompts) == inside]
+            groups.append({"name": name, "params": parameters, "lr": options.lr})
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        if id(group["params"][0]) in prompts:
+            group["name"] = "prompt"
+            group["lr"] = group["lr"] if options.prompt_lr is None else options.prompt_lr
+    return groups
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:

@@ -160,6 +160,16 @@ def test_without_validation_the_last_epoch_is_tested(finetune: Any) -> None:
     assert json.loads((output / "linear-seed1" / "results.json").read_text())["best_epoch"] == 2
 
 
+@pytest.mark.parametrize("prompt_lr", [None, "0.002"])
+def test_the_recipe_learns_at_its_own_rates(finetune: Any, prompt_lr: str | None) -> None:
+    given = ["--prompt-lr", prompt_lr] if prompt_lr else []
+    output = finetune("--freeze-backbone", "--head", "prompt", "--recipe", "--rank-names", ",".join(WORDS), *given)
+    log = [json.loads(line) for line in (output / "prompt-seed1" / "log.jsonl").read_text().splitlines()]
+    assert "kl" not in log[0]
+    assert log[0]["lr_offset"] == pytest.approx(10 * log[0]["lr_head"])
+    assert log[0]["lr_prompt"] == pytest.approx((0.2 if prompt_lr else 0.05) * log[0]["lr_head"])
+
+
 def test_class_token_pooling_and_few_shots(finetune: Any) -> None:
     output = finetune("--pooling", "cls", "--shots", "2", "--freeze-backbone", "--head", "prompt")
     assert json.loads((output / "prompt-seed1" / "model.json").read_text())["pooling"] == "cls"
