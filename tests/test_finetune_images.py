@@ -7,11 +7,13 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,11 +37,25 @@ def examples() -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(EXAMPLES))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    import _errors
+    import _files
     import _heads
+    import _processes
+    import _ranks
+    import _reports
     import _training
     import finetune_images
 
-    yield {"script": finetune_images, "training": _training, "heads": _heads}
+    yield {
+        "script": finetune_images,
+        "errors": _errors,
+        "files": _files,
+        "heads": _heads,
+        "processes": _processes,
+        "ranks": _ranks,
+        "reports": _reports,
+        "training": _training,
+    }
     torch.set_num_threads(threads)
     sys.path.remove(str(EXAMPLES))
 
@@ -155,7 +171,7 @@ def test_frozen_backbone_stays_as_it_is(
     examples: dict[str, Any], run: Callable[..., Any], table: Path, tmp_path: Path
 ) -> None:
     run(table, "--head", "linear", *SMALL, "--freeze-backbone", "--seeds", 7, "--output", tmp_path)
-    examples["training"].seed_everything(7)
+    examples["processes"].seed_everything(7)
     fresh = examples["script"].small_network()
     trained = torch.load(tmp_path / "linear-seed7" / "model.pt", weights_only=False)
     torch.testing.assert_close(trained.backbone.state_dict(), fresh.state_dict())
@@ -185,6 +201,59 @@ def test_few_shot_and_shift_leave_fewer_training_samples(
     assert "24 training samples" in shown
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_without_validation_the_last_epoch_is_tested(
+    validated: bool, run: Callable[..., Any], table: Path, tmp_path: Path
+) -> None:
+    unsplit = table.with_name("unsplit.csv")
+    unsplit.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in table.read_text().splitlines()))
+    fraction = ("--val-fraction", 0.1 if validated else 0)
+    (result,) = run(unsplit, "--head", "linear", *SMALL, *fraction, "--output", tmp_path)["linear"]
+    log = log_of(tmp_path / "linear-seed1")
+    assert validated or result["best_epoch"] == result["epochs"] == 2
+    assert all(("val_mae_expectation" in record) == validated for record in log)
+    assert (tmp_path / "linear-seed1" / "history.png").stat().st_size
+
+
+def test_loader_processes_change_nothing(run: Callable[..., Any], table: Path, tmp_path: Path) -> None:
+    words = (table, "--head", "linear", *SMALL, "--log-steps", "--output")
+    for workers in (0, 2):
+        run(*words, tmp_path / str(workers), "--workers", workers)
+    losses = [[record["step_losses"] for record in log_of(tmp_path / n / "linear-seed1")] for n in ("0", "2")]
+    assert losses[0] == losses[1]
+
+
+def test_tensorboard_is_fed_where_it_is_installed(
+    run: Callable[..., Any], table: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert Path(folder) == tmp_path / "linear-seed1" / "tensorboard"
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, value, epoch))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(table, "--head", "linear", *SMALL, "--log-steps", "--output", tmp_path)
+    log = log_of(tmp_path / "linear-seed1")
+    for record in log:
+        assert ("loss", record["loss"], record["epoch"]) in written
+        assert ("val_mae_expectation", record["val_mae_expectation"], record["epoch"]) in written
+
+
+def test_preset_with_another_backbone_and_text_encoder(run: Callable[..., Any], table: Path, tmp_path: Path) -> None:
+    words = ("--backbone", "small", "--pretrained", "none", "--clip", "minilm", "--ranks", 21, "--image-size", 32)
+    short = ("--resize", 40, "--epochs", 1, "--seeds", 1, "--context", 1, "--amp", "bf16", "--output", tmp_path)
+    (result,) = run(table, "--preset", "morph", *words, *short)["prompt"]
+    assert 0 <= result["mae_expectation"] <= 20
+
+
 def test_preset_is_the_published_recipe_and_options_override_it(examples: dict[str, Any]) -> None:
     args = examples["script"].parse_arguments(["faces.csv", "--preset", "morph", "--epochs", "3"])
     assert (args.backbone, args.clip, args.optimizer) == ("torchvision:vgg16", "RN50", "radam")
@@ -212,7 +281,7 @@ def test_folders_sort_numerically_or_naturally(examples: dict[str, Any], tmp_pat
     words = [str(tmp_path / "words"), "--rank-names"]
     _, ranks, labels = script.read_images(script.parse_arguments([*words, "grade 10,grade 9,grade 1"]))
     assert (ranks.names, labels.tolist()) == (("grade 10", "grade 9", "grade 1"), [2, 1, 0])
-    with pytest.raises(examples["training"].UserError, match="must be the names of the sub-folders"):
+    with pytest.raises(examples["errors"].UserError, match="must be the names of the sub-folders"):
         script.read_images(script.parse_arguments([*words, "low,middle,high"]))
 
 
@@ -228,15 +297,15 @@ def test_folder_with_splits(run: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_splits_are_stratified_disjoint_and_keep_groups_together(examples: dict[str, Any]) -> None:
-    training = examples["training"]
+    ranks = examples["ranks"]
     labels = torch.arange(5).repeat_interleave(20)
-    rows = [training.Row(str(i), str(int(label)), None, None, "") for i, label in enumerate(labels)]
-    parts = training.split_rows(rows, labels, 0.25, 0.2, seed=0)
+    rows = [ranks.Row(str(i), str(int(label)), None, None, "") for i, label in enumerate(labels)]
+    parts = ranks.split_rows(rows, labels, 0.25, 0.2, seed=0)
     assert sorted(torch.cat([*parts.values()]).tolist()) == list(range(100))
     assert torch.bincount(labels[parts["test"]]).tolist() == [4] * 5
     assert torch.bincount(labels[parts["val"]]).tolist() == [4] * 5
-    rows = [training.Row(str(i), "0", None, str(i % 10), "") for i in range(100)]
-    parts = training.split_rows(rows, labels, 0.25, 0.2, seed=0)
+    rows = [ranks.Row(str(i), "0", None, str(i % 10), "") for i in range(100)]
+    parts = ranks.split_rows(rows, labels, 0.25, 0.2, seed=0)
     groups = [{int(i) % 10 for i in part} for part in parts.values()]
     assert sum(map(len, groups)) == 10
 
@@ -293,7 +362,6 @@ def test_wrong_tables(
         (("--head", "prompt", "--clip", "minilm", "--context", "{} and {}"), "at most one {}"),
         (("--shift", "9:0.1"), "--shots or --shift: Expected `num_labels`"),
         (("--shift", "much"), "--shift takes RANKS:KEEP"),
-        (("--shots", "0"), "Expected `shots` to be at least 1"),
         (("--ranks", "7"), r"2 of the 7 ranks have no training sample \(5, 6\).*--empty-ranks allow"),
         (("--batch-size", "1"), "--batch-size 1 is too small"),
         (("--device", "warp"), "torch knows no such device"),
@@ -305,6 +373,24 @@ def test_wrong_options(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         run(table, "--head", "linear", *SMALL, *options, "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shots", 0), "--shots: must be at least 1, but got 0"),
+        (("--epochs", "many"), "--epochs: invalid whole number value: 'many'"),
+        (("--val-fraction", 1), "--val-fraction: must be at least 0 and below 1, but got 1"),
+        (("--logit-scale", 0), "--logit-scale: must be positive, but got 0"),
+        (("--lr", "nan"), "--lr: must be finite and not negative, but got nan"),
+    ],
+)
+def test_numbers_out_of_bounds(
+    options: tuple[object, ...], message: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("table.csv", *options)
+    assert message in capsys.readouterr().err
 
 
 def test_missing_data(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +432,23 @@ def test_weights_without_network(run: Callable[..., Any], table: Path, tmp_path:
         run(table, *words)
 
 
+@pytest.mark.parametrize("reachable", [True, False])
+def test_an_unreachable_hub_is_asked_once(examples: dict[str, Any], monkeypatch: Any, reachable: bool) -> None:
+    import huggingface_hub
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if reachable:
+            server.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+        examples["errors"].skip_unreachable_hub()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is not reachable
+        assert ("HF_HUB_OFFLINE" in os.environ) is not reachable
+
+
 def test_damaged_images_are_refused_or_skipped_and_counted(run: Callable[..., Any], tmp_path: Path) -> None:
     table = write_images(tmp_path / "data")
     whole = (tmp_path / "data" / "0-2.png").read_bytes()
@@ -372,6 +475,7 @@ def test_a_finished_run_is_not_trained_again_and_other_options_are_refused(
     assert (tmp_path / "linear-seed1" / "log.jsonl").read_text() == log
     with pytest.raises(SystemExit, match=r"a run with other options \(weight_decay 0.0005, now 0.1\).*--fresh"):
         run(*words, "--weight-decay", 0.1)
+    assert json.loads((tmp_path / "linear-seed1" / "config.json").read_text())["weight_decay"] == 0.0005
     run(*words, "--weight-decay", 0.1, "--fresh")
 
 
@@ -384,12 +488,28 @@ def test_a_damaged_checkpoint_is_named(run: Callable[..., Any], table: Path, tmp
         run(*words)
 
 
+@pytest.mark.parametrize("change", ["missing", "narrower"])
+def test_a_checkpoint_of_another_model_is_named(
+    change: str, run: Callable[..., Any], table: Path, tmp_path: Path
+) -> None:
+    words = (table, "--head", "linear", *SMALL, "--output", tmp_path)
+    run(*words)
+    path = tmp_path / "linear-seed1" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    weight = checkpoint["model"].pop("head.weight")
+    if change == "narrower":
+        checkpoint["model"]["head.weight"] = weight[:, :-1]
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit the model; .*--fresh .*--output"):
+        run(*words)
+
+
 def test_a_failed_write_leaves_the_good_file(examples: dict[str, Any], tmp_path: Path) -> None:
-    training = examples["training"]
+    files = examples["files"]
     path = tmp_path / "checkpoint.pt"
-    training.save_atomically({"epoch": 1}, path)
+    files.save_atomically({"epoch": 1}, path)
     with pytest.raises(Exception, match="pickle"):
-        training.save_atomically({"epoch": 2, "bad": lambda: None}, path)
+        files.save_atomically({"epoch": 2, "bad": lambda: None}, path)
     assert torch.load(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -494,11 +614,11 @@ def test_two_processes_have_the_losses_of_one(head: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("samples", [8, 27, 33])
 def test_processes_share_the_global_batches_of_one(examples: dict[str, Any], count: int, samples: int) -> None:
-    training = examples["training"]
+    processes = examples["processes"]
     cpu = torch.device("cpu")
 
     def batches(rank: int, of: int) -> list[list[tuple[int, int]]]:
-        sampler = training.GlobalBatches(samples, 8, 5, training.Processes(rank, of, cpu))
+        sampler = processes.GlobalBatches(samples, 8, 5, processes.Processes(rank, of, cpu))
         sampler.epoch = 3
         assert len(list(sampler)) == len(sampler)
         return list(sampler)
@@ -514,10 +634,10 @@ def test_processes_share_the_global_batches_of_one(examples: dict[str, Any], cou
 def test_metrics_agree_with_scikit_learn(examples: dict[str, Any]) -> None:
     from sklearn.metrics import cohen_kappa_score
 
-    training = examples["training"]
+    reports = examples["reports"]
     logits, labels = torch.randn(200, 6), torch.randint(0, 6, (200,))
     logits[torch.arange(200), labels] += 1
-    measured = training.ordinal_metrics(logits, labels, [float(value) for value in range(6)])
+    measured = reports.ordinal_metrics(logits, labels, [float(value) for value in range(6)])
     best = logits.argmax(dim=1)
     assert measured["quadratic_kappa"] == pytest.approx(cohen_kappa_score(labels, best, weights="quadratic"))
     assert measured["accuracy"] == pytest.approx((best == labels).double().mean().item())
@@ -529,7 +649,7 @@ def test_exceedances_give_the_ranks_that_coral_pytorch_reads(examples: dict[str,
 
     import ordinal_prompt as op
 
-    heads, ranks = examples["heads"], examples["training"].Ranks(tuple(range(5)))
+    heads, ranks = examples["heads"], examples["ranks"].Ranks(tuple(range(5)))
     outputs = 3 * torch.randn(100, 4)
     for name, own in (("coral", proba_to_label(outputs.sigmoid())), ("corn", corn_label_from_logits(outputs))):
         if name == "coral":
