@@ -41,16 +41,27 @@ WORD_RANKS = {
 }
 WORD_SEED = 4  # the first to put every rank, the rarest (21 words) included, into each part at least twice
 WORD_CONTEXT = "the feeling of this word is"
-ADJECTIVE_RANKS = (
-    "purely factual",
-    "mostly factual",
-    "rather factual",
-    "rather subjective",
-    "mostly subjective",
-    "purely subjective",
-)
+# Of each scale of the adjectives: the names of its ranks by value, the values per unit, and a context.
+ADJECTIVE_SCALES: dict[str, tuple[dict[int, str], int, str]] = {
+    "subjectivity": (
+        {
+            0: "purely factual",
+            1: "mostly factual",
+            2: "rather factual",
+            3: "rather subjective",
+            4: "mostly subjective",
+            5: "purely subjective",
+        },
+        5,
+        "this description is",
+    ),
+    "polarity": (
+        {value: WORD_RANKS[value] for value in range(-3, 4)},
+        3,
+        "the feeling of this description is",
+    ),
+}
 ADJECTIVE_SEED = 0
-ADJECTIVE_CONTEXT = "this description is"
 SST5_RANKS = ("very negative", "negative", "neutral", "positive", "very positive")
 SST5_CONTEXT = "a movie review that sounds"
 
@@ -145,12 +156,20 @@ def load_words(
 
 
 def load_adjectives(
-    encoder: tuple[Any, Any] | None = None, *, features: bool = True, cache: Path | None = CACHE, progress: bool = True
+    scale: str,
+    encoder: tuple[Any, Any] | None = None,
+    *,
+    features: bool = True,
+    cache: Path | None = CACHE,
+    progress: bool = True,
 ) -> RankedTexts:
-    """Meanings of adjectives ("abrupt: extremely steep") and how subjective they are, in six steps, tagged by hand.
+    """Meanings of adjectives ("abrupt: extremely steep"), tagged by hand.
 
     The lexicon is that of De Smedt and Daelemans, as textblob brings it.  The parts are split by word family, as in
-    `load_words`, which says what the arguments are.
+    `load_words`, which says what the other arguments are.
+
+    Args:
+        scale: `"subjectivity"`, in six steps, or `"polarity"`, from -3 to 3.
 
     Raises:
         UserError: a package is missing.
@@ -158,20 +177,19 @@ def load_adjectives(
     lexicon = _package_folder("textblob", "textblob") / "en" / "en-sentiment.xml"
     if not lexicon.is_file():
         raise UserError(f"The lexicon {lexicon} is missing; install the package textblob again.")
+    ranks, steps, context = ADJECTIVE_SCALES[scale]
+    values = list(ranks)
     samples: dict[str, list[tuple[str, int]]] = {}
-    steps = len(ADJECTIVE_RANKS) - 1
     for word in ElementTree.parse(lexicon).getroot():
-        if word.get("sense") and word.get("subjectivity"):
-            text = f"{word.attrib['form']}: {word.attrib['sense']}"
-            samples.setdefault(word.attrib["form"], []).append(
-                (text, round(steps * float(word.attrib["subjectivity"])))
-            )
+        if word.get("sense") and word.get(scale):
+            text, value = f"{word.attrib['form']}: {word.attrib['sense']}", round(steps * float(word.attrib[scale]))
+            samples.setdefault(word.attrib["form"], []).append((text, values.index(value)))
     data = RankedTexts(
-        name="adjectives",
+        name=scale,
         **_split_families(samples, ADJECTIVE_SEED),
-        rank_names=ADJECTIVE_RANKS,
-        rank_values=tuple(map(float, range(len(ADJECTIVE_RANKS)))),
-        context=ADJECTIVE_CONTEXT,
+        rank_names=tuple(ranks.values()),
+        rank_values=tuple(map(float, values)),
+        context=context,
     )
     return with_features(data, encoder, cache=cache, progress=progress) if features else data
 

