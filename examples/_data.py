@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,7 +122,7 @@ class RankedTexts:
 def load_words(
     encoder: tuple[Any, Any] | None = None, *, features: bool = True, cache: Path | None = CACHE, progress: bool = True
 ) -> RankedTexts:
-    """Words and how good or bad they feel, from -4 to 3: the rounded mean of ten people's ratings.
+    """Words and how good or bad they feel, from -4 to 3: the rounded mean of ten people's ratings (halves to even).
 
     The parts are split by word family (60 : 15 : 25), so that "abandon" and "abandoned" never stand on both sides.
 
@@ -163,10 +164,11 @@ def load_adjectives(
     cache: Path | None = CACHE,
     progress: bool = True,
 ) -> RankedTexts:
-    """Meanings of adjectives ("abrupt: extremely steep"), tagged by hand.
+    """Meanings of adjectives, and some other words: "abrupt: extremely steep".
 
-    The lexicon is that of De Smedt and Daelemans, as textblob brings it.  The parts are split by word family, as in
-    `load_words`, which says what the other arguments are.
+    The lexicon is that of De Smedt and Daelemans, as textblob brings it; most entries were tagged by hand.  Of a text
+    that stands there several times, the first counts.  Neither a word family, as in `load_words`, nor words that share
+    a meaning ("fragile", "delicate") stand on both sides of a split.  `load_words` says what the other arguments are.
 
     Args:
         scale: `"subjectivity"`, in six steps, or `"polarity"`, from -3 to 3.
@@ -179,14 +181,20 @@ def load_adjectives(
         raise UserError(f"The lexicon {lexicon} is missing; install the package textblob again.")
     ranks, steps, context = ADJECTIVE_SCALES[scale]
     values = list(ranks)
-    samples: dict[str, list[tuple[str, int]]] = {}
+    samples: dict[str, tuple[str, int]] = {}
+    words_of: dict[str, list[str]] = {}  # that share a meaning
     for word in ElementTree.parse(lexicon).getroot():
-        if word.get("sense") and word.get(scale):
-            text, value = f"{word.attrib['form']}: {word.attrib['sense']}", round(steps * float(word.attrib[scale]))
-            samples.setdefault(word.attrib["form"], []).append((text, values.index(value)))
+        form, sense = word.attrib["form"], word.get("sense")
+        if sense and word.get(scale):
+            value = math.floor(steps * float(word.attrib[scale]) + 0.5 + 1e-9)
+            samples.setdefault(f"{form}: {sense}", (form, values.index(value)))
+            words_of.setdefault(sense, []).append(form)
+    texts_of: dict[str, list[tuple[str, int]]] = {}
+    for text, (form, rank) in samples.items():
+        texts_of.setdefault(form, []).append((text, rank))
     data = RankedTexts(
         name=scale,
-        **_split_families(samples, ADJECTIVE_SEED),
+        **_split_families(texts_of, ADJECTIVE_SEED, words_of.values()),
         rank_names=tuple(ranks.values()),
         rank_values=tuple(map(float, values)),
         context=context,
@@ -194,9 +202,16 @@ def load_adjectives(
     return with_features(data, encoder, cache=cache, progress=progress) if features else data
 
 
-def _split_families(samples: Mapping[str, Sequence[tuple[str, int]]], seed: int) -> dict[str, Part]:
-    """Train, val and test (60 : 15 : 25) of the texts and rank indices of words, no word family in two of them."""
-    families = word_families(samples)
+def _split_families(
+    samples: Mapping[str, Sequence[tuple[str, int]]], seed: int, together: Iterable[Sequence[str]] = ()
+) -> dict[str, Part]:
+    """Train, val and test (60 : 15 : 25) of the texts and rank indices of words, no word family in two of them.
+
+    Args:
+        samples: texts and rank indices of each word.
+        together: groups of words whose families belong together, too.
+    """
+    families = word_families(samples, together)
     random.Random(seed).shuffle(families)
     bounds = [0, round(0.60 * len(families)), round(0.75 * len(families)), len(families)]
     parts = {}
@@ -229,7 +244,7 @@ def load_texts(
     """
     parts = {}
     for split, file in zip(SPLITS, ("train.csv", "dev.csv", "test.csv"), strict=True):
-        rows = read_table(Path(folder) / file, "text", "label")
+        rows = read_table(Path(folder) / file, "text", "label", split="")
         _, labels = rank_labels(rows, Ranks(tuple(range(len(rank_names))), tuple(rank_names)))
         parts[split] = Part(tuple(row.content for row in rows), labels)
     values = tuple(map(float, range(len(rank_names))))
@@ -325,7 +340,8 @@ def with_features(
 ) -> RankedTexts:
     """The same data with sentence embeddings, from the cache where they are known.
 
-    The cache's file name holds a hash of the texts and of the model's weights (of the file, for MiniLM).
+    The cache's file name holds a hash of the texts and of the model's weights (for MiniLM, where it
+    need not be loaded, of the size of its file).
     """
     texts = [text for part in data.parts().values() for text in part.texts]
     digest = hashlib.sha256("\x1f".join(texts).encode())
@@ -347,8 +363,9 @@ def with_features(
     )
 
 
-def word_families(words: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of words that share a stem or their first four letters, in alphabetical order.
+def word_families(words: Iterable[str], together: Iterable[Sequence[str]] = ()) -> list[tuple[str, ...]]:
+    """Groups of words that share a stem or their first four letters, or stand in a group of `together`, in alphabetical
+    order.
 
     Rather too large than too small: no two words that look alike may stand on both sides of a split.
 
@@ -368,6 +385,10 @@ def word_families(words: Iterable[str]) -> list[tuple[str, ...]]:
         for key in (f"{word[:4]}…", _stem(word)):
             other = root(first.setdefault(key, word))
             family[max(root(word), other)] = min(root(word), other)
+    for group in together:
+        for word in group:
+            ours, other = root(word), root(group[0])
+            family[max(ours, other)] = min(ours, other)
     families: dict[str, list[str]] = {}
     for word in words:
         families.setdefault(root(word), []).append(word)

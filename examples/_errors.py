@@ -55,7 +55,9 @@ def skip_unreachable_hub() -> None:
 
     hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((hub.hostname, hub.port or hub.scheme), HUB_PATIENCE).close()
+        socket.create_connection(
+            (hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), HUB_PATIENCE
+        ).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True  # it has read the environment already

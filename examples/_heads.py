@@ -110,10 +110,11 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recipe",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="of --head prompt: what the library recommends in the place of the paper's settings (op.recipe): rank "
         "names keep embeddings of their own, whose weight is learned, beside linear layers for what they do not say; "
-        "prompts at a twentieth of --lr; --kl-weight 0",
+        "prompts at a twentieth of --lr; --kl-weight 0. Options that you give go before; not for sgd",
     )
     told = "how --head prompt makes the ranks' embeddings of those of base ranks"
     add_choice(group, "--interpolation", INTERPOLATIONS, told)
@@ -204,19 +205,22 @@ def _prompt_head(
         raise UserError(
             f"--head {name} needs a text encoder; pass --clip MODEL --clip-pretrained TAG, or --clip minilm."
         )
-    given: dict[str, Any] = {"learn_logit_scale": options.learn_logit_scale}
+    given: dict[str, Any] = {
+        "learn_logit_scale": options.learn_logit_scale,
+        "alignment": options.alignment,
+        "interpolation": options.interpolation if name == "prompt" else None,
+    }
     if options.num_base_ranks is not None and name == "prompt":
         given["num_base_ranks"] = options.num_base_ranks
-    if options.alignment:
-        given["alignment"] = options.alignment
     if ranks.names is None:
         given["tokens_per_rank"] = options.tokens_per_rank
     project = options.projection == "yes" or (options.projection == "auto" and not same_space)
-    given["interpolation"] = options.interpolation if name == "prompt" else None
     kl_weight = options.kl_weight
     if options.recipe and name == "prompt":
-        given.update(op.recipe(len(ranks) if ranks.names is None else ranks.names))
-        kl_weight = 0.0
+        default = HeadOptions()
+        settings = op.recipe(len(ranks) if ranks.names is None else ranks.names)
+        given |= {k: v for k, v in settings.items() if getattr(options, k, None) == getattr(default, k, None)}
+        kl_weight = 0.0 if kl_weight == default.kl_weight else kl_weight
     try:
         module = op.OrdinalPromptHead(
             text_encoder,

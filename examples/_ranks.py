@@ -114,23 +114,33 @@ def read_table(path: Path, content: str, label: str, split: str = "split", group
     return rows
 
 
+def is_integer(label: str) -> bool:
+    """Whether a label is written as an integer, as 3 or 3.0."""
+    try:
+        return float(label).is_integer()
+    except ValueError:
+        return False
+
+
 def rank_labels(rows: Sequence[Row], ranks: Ranks | None) -> tuple[Ranks, Tensor]:
-    """The ranks (by default all integers from the smallest label to the largest), and each row's rank index."""
+    """The ranks (by default all integers from the smallest label to the largest), and each row's rank index.
+
+    A label that is a rank's name means that rank, also if it is a number.
+    """
     named = {name: index for index, name in enumerate(ranks.names or ())} if ranks else {}
     numbers: list[int | None] = []
     for row in rows:
+        if row.label in named:
+            numbers.append(None)
+            continue
         try:
             number = float(row.label)
             if not number.is_integer():
                 raise ValueError
             numbers.append(int(number))
         except (ValueError, OverflowError):
-            if row.label not in named:
-                hint = (
-                    f"one of the rank names {', '.join(list(named)[:5])} …" if named else "give --rank-names for names"
-                )
-                raise UserError(f"{row.where}: label {row.label!r} is not an integer; {hint}.") from None
-            numbers.append(None)
+            hint = f"one of the rank names {', '.join(list(named)[:5])} …" if named else "give --rank-names for names"
+            raise UserError(f"{row.where}: label {row.label!r} is not an integer; {hint}.") from None
     if ranks is None:
         known = [number for number in numbers if number is not None]
         ranks = Ranks(tuple(range(min(known), max(known) + 1)))

@@ -109,6 +109,8 @@ class TrainOptions:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TrainOptions:
+        if args.recipe and args.optimizer == "sgd":
+            raise UserError("--recipe learns its scales at ten times --lr, which diverges with sgd; choose another.")
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
 
 
@@ -262,6 +264,8 @@ def fit(
             found, truth = predict(model, head.logits, val, processes, amp)
             measured = ordinal_metrics(found, truth, values)
             score = measured[f"mae_{options.rule}"]
+            if not math.isfinite(score):
+                raise UserError(f"the model's predictions are not finite after epoch {epoch}; lower --lr.")
             record |= {f"val_{name}": value for name, value in measured.items()}
         if score < best["score"]:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import sys
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ordinal_prompt as op
+from ordinal_prompt import recipes
 from ordinal_prompt.protocols import few_shot_indices, label_shift_indices
 
 SHOTS = ("1", "2", "4", "8", "16", "32", "64", "all")
@@ -83,6 +85,14 @@ class Task:
     context: str | None = None
     text_encoder: Any = None
     tokenizer: Any = None
+
+    def digest(self) -> str:
+        """Of features and labels: runs on other data are other runs."""
+        digest = hashlib.sha256()
+        for part in self.features:
+            digest.update(self.features[part].numpy().tobytes())
+            digest.update(self.labels[part].numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def num_ranks(self) -> int:
@@ -659,6 +669,8 @@ def load_task(args: argparse.Namespace) -> Task:
     else:
         named = (SST5_RANKS, SST5_CONTEXT) if args.data == "sst5" else (args.rank_names, args.context)
         data = load_texts(args.folder, *named, minilm, name=args.data, cache=cache)
+    if args.rank_names and len(args.rank_names) != data.num_ranks:
+        raise UserError(f"There are {len(args.rank_names)} --rank-names, but {data.num_ranks} ranks.")
     model, tokenizer = encoder or (None, None)
     features = {name: part.features for name, part in data.parts().items() if part.features is not None}
     return Task(
@@ -865,12 +877,18 @@ def compare(args: argparse.Namespace) -> Records:
     """Runs what is missing, and writes the reports."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    try:
+        device = torch.zeros(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     task = load_task(args)
     budget = Budget(tuple(args.lr), args.steps, args.patience, args.batch_size)
     settings = settings_of(args, task.labels["train"])
     options = {
+        "version": op.__version__,
+        "recipe": {**op.recipe(2), "lr scales": [recipes.PROMPT_LR_SCALE, recipes.SCALE_LR_SCALE]},
         "data": task.name,
+        "digest": task.digest(),
         "samples": {part: len(labels) for part, labels in task.labels.items()},
         "rank_names": list(task.rank_names) if task.rank_names else None,
         "context": task.context,

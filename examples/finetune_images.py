@@ -49,7 +49,7 @@ from _finetuning import (
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
 from _options import add_choice, count, whole
 from _processes import Processes, started_processes
-from _ranks import SPLIT_NAMES, Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
+from _ranks import SPLIT_NAMES, Ranks, Row, is_integer, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments, predict
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
@@ -223,10 +223,10 @@ def read_images(args: argparse.Namespace) -> tuple[list[Row], Ranks, Tensor]:
         ranks = Ranks(tuple(range(len(ordered))), ordered)
     elif folders:
         ranks = Ranks(tuple(sorted({int(folder) for folder in folders}))).named(names)
-    elif names:
+    elif names and not all(is_integer(row.label) for row in rows):
         ranks = Ranks(tuple(range(len(names))), names)
     ranks, labels = rank_labels(rows, ranks)
-    return rows, ranks, labels
+    return rows, ranks.named(names or ranks.names), labels
 
 
 def _read_source(path: Path, args: argparse.Namespace) -> tuple[list[Row], list[str]]:

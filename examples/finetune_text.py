@@ -46,7 +46,7 @@ from _finetuning import (
 from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
 from _options import add_choice, count, fraction
 from _processes import Processes, started_processes, to_device
-from _ranks import Ranks, Row, parse_names, parse_ranks, rank_labels, read_table
+from _ranks import Ranks, Row, is_integer, parse_names, parse_ranks, rank_labels, read_table
 from _training import add_training_arguments
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -149,17 +149,10 @@ def read_texts(args: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Row]
         ranks = Ranks(parse_ranks(args.ranks)).named(names)
     elif ranks is not None:
         ranks = ranks.named(names)
-    elif names and not all(_is_integer(row.label) for row in rows):
+    elif names and not all(is_integer(row.label) for row in rows):
         ranks = Ranks(tuple(range(len(names))), names)
     ranks, labels = rank_labels(rows, ranks)
     return rows, ranks.named(names), labels
-
-
-def _is_integer(label: str) -> bool:
-    try:
-        return float(label).is_integer()
-    except ValueError:
-        return False
 
 
 class Texts(Dataset[tuple[Any, int]]):

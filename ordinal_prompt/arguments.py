@@ -144,8 +144,10 @@ def check_log_scale(log_scale: float | None) -> None:
 
 
 def check_factor(value: float, argument: str, positive: bool = False) -> float:
-    """A finite factor, at least zero (or above)."""
-    if not (0 <= value < math.inf) or (positive and value == 0):
-        bound = "positive" if positive else "not negative"
-        raise ValueError(f"Expected `{argument}` to be finite and {bound}, but got {value}.")
+    """A factor of at least zero (or above), up to `MAX_FACTOR`."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"Expected `{argument}` to be a number, but got {value!r}.")
+    if not (0 <= value <= MAX_FACTOR) or (positive and value == 0):
+        bound = "above 0" if positive else "from 0"
+        raise ValueError(f"Expected `{argument}` to be {bound} to {MAX_FACTOR:g}, but got {value}.")
     return float(value)

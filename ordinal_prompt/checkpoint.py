@@ -44,7 +44,7 @@ def save(head: Any, folder: Path) -> None:
         "embed_dim": head.embed_dim,
         "in_features": None if head.projection is None else head.in_features,
         "normalize": head.normalize,
-        "learn_logit_scale": head.logit_scale.requires_grad,
+        "learn_logit_scale": head._learn_logit_scale,
         "alignment": head.alignment_scale,
         "residual": head.residual_scale,
         "freeze_text_encoder": head._frozen,

@@ -78,8 +78,8 @@ class OrdinalPromptHead(nn.Module):
         residual: learn a linear layer from zero, times this factor, beside the prototypes: what language does not know,
             how frequent the ranks are included.  Exports fold it into their weight and bias.  0 (the paper) leaves it
             out.
-        confidence: factor on the default of `logit_scale`.  Below 1 the names' say is smaller at the start; together
-            with `learn_logit_scale` it grows as far as the data agree with them.
+        confidence: factor on the default of `logit_scale` (without effect where `logit_scale` is given).  Below 1 the
+            prototypes weigh less at the start; together with `learn_logit_scale` they gain as far as the data agree.
         freeze_text_encoder: freeze a view of the text encoder.  False trains the caller's own parameters, and makes
             them part of the state dict.
         device: where the head and its half of the text encoder live; default the text encoder's device.
@@ -90,7 +90,7 @@ class OrdinalPromptHead(nn.Module):
         logit_scale: () log of the factor on the cosines.
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment: (D, D) the A of the alignment, or None.
-        residual: the linear layer beside the prototypes, from `embed_dim` to K, or None.
+        residual, residual_bias: (K, D) and (K,) of the linear layer beside the prototypes, or None.
         text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict.
 
     Raises:
@@ -117,7 +117,8 @@ class OrdinalPromptHead(nn.Module):
     text_encoder: Any
     projection: nn.Linear | None
     alignment: nn.Parameter | None
-    residual: nn.Linear | None
+    residual: nn.Parameter | None
+    residual_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -263,6 +264,7 @@ class OrdinalPromptHead(nn.Module):
         self._build_rank_values()
         scale = torch.tensor(log_scale or 0.0, device=device, dtype=dtype)
         self.logit_scale = nn.Parameter(scale, requires_grad=learn_logit_scale)
+        self._learn_logit_scale = learn_logit_scale
         self.projection = None
         if in_features is not None:
             self.projection = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
@@ -271,11 +273,10 @@ class OrdinalPromptHead(nn.Module):
         if alignment:
             self.alignment = nn.Parameter(torch.zeros(embed_dim, embed_dim, device=device, dtype=dtype))
         self.residual_scale = residual
-        self.residual = None
+        self.residual = self.residual_bias = None
         if residual:
-            self.residual = nn.Linear(embed_dim, prompt.num_ranks, device=device, dtype=dtype)
-            nn.init.zeros_(self.residual.weight)
-            nn.init.zeros_(self.residual.bias)
+            self.residual = nn.Parameter(torch.zeros(prompt.num_ranks, embed_dim, device=device, dtype=dtype))
+            self.residual_bias = nn.Parameter(torch.zeros(prompt.num_ranks, device=device, dtype=dtype))
         if isinstance(text_encoder, nn.Module):
             text_encoder.to(device)
             if freeze_text_encoder:
@@ -509,16 +510,17 @@ class OrdinalPromptHead(nn.Module):
 
     def _weight(self, prototypes: Tensor) -> Tensor:
         """(K, D) weight of the linear map from features to logits."""
-        weight = self.logit_scale.to(prototypes.dtype).exp() * prototypes
+        # Beyond the bound only a training that diverges gets, and infinite logits would end it.
+        weight = self.logit_scale.to(prototypes.dtype).exp().clamp(max=MAX_FACTOR) * prototypes
         if self.alignment is not None:
             weight = weight + self.alignment_scale * (weight @ self.alignment.to(prototypes.dtype))
         if self.residual is not None:
-            weight = weight + self.residual_scale * self.residual.weight.to(prototypes.dtype)
+            weight = weight + self.residual_scale * self.residual.to(prototypes.dtype)
         return weight
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """(K,) what is added to the logits, or None."""
-        return None if self.residual is None else self.residual_scale * self.residual.bias.to(dtype)
+        return None if self.residual_bias is None else self.residual_scale * self.residual_bias.to(dtype)
 
     @torch.no_grad()
     def _measure_logit_scale(self, confidence: float) -> None:
@@ -534,12 +536,13 @@ class OrdinalPromptHead(nn.Module):
             rank_embeddings=prompt.rank_embeddings,
             logit_scale=self.logit_scale,
             alignment=self.alignment,
-            residual_weight=None if self.residual is None else self.residual.weight,
-            residual_bias=None if self.residual is None else self.residual.bias,
+            residual=self.residual,
+            residual_bias=self.residual_bias,
         )
         prototypes = self._cached_prototypes()
-        check_finite(prototypes=prototypes)
-        return self._weight(prototypes)
+        weight = self._weight(prototypes)
+        check_finite(prototypes=prototypes, weight=weight.to(prompt.rank_embeddings.dtype))
+        return weight
 
     def _projection_dtype(self, features: Tensor) -> torch.dtype:
         assert self.projection is not None

@@ -13,8 +13,8 @@ and what to doubt):
   (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head; the
   layer's bias learns how frequent the ranks are;
 - prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; not to let them
-  learn at all (`head.prompt.requires_grad_(False)`) costs next to nothing in error, and makes a step as cheap as a
-  linear head's.  The weight of the names and the bias, K + 1 numbers, learn ten times faster;
+  learn at all (`head.prompt.requires_grad_(False)`) costs next to nothing in error, and spares the text pass.  The
+  weight of the names and the bias, K + 1 numbers, learn ten times faster;
 - cross-entropy alone: the text-to-image term balances the ranks, which costs mean absolute error.
 """
 
@@ -31,7 +31,7 @@ ALIGNMENT = 0.05
 RESIDUAL = 5.0
 CONFIDENCE = 0.3
 PROMPT_LR_SCALE = 0.05
-OFFSET_LR_SCALE = 10.0
+SCALE_LR_SCALE = 10.0
 
 
 def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
@@ -53,14 +53,21 @@ def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parameter_groups(model: nn.Module, lr: float, prompt_lr_scale: float = PROMPT_LR_SCALE) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which prompts learn more slowly than the rest, and the few numbers that say
-    how far to trust them (`logit_scale` and the residual's bias, where they learn) faster.
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    prompt_lr_scale: float = PROMPT_LR_SCALE,
+    scale_lr_scale: float = SCALE_LR_SCALE,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer in which prompts learn more slowly than the rest, and the few single numbers of
+    a prompt head faster.
 
     Args:
         model: a model that holds prompt heads, or a head.
         lr: learning rate of everything else that takes gradients, a trainable text encoder included.
         prompt_lr_scale: the prompts' share of it.  They take no weight decay, which would pull them away from words.
+        scale_lr_scale: the share of `logit_scale` and of the residual's bias, where they learn, without weight decay.
+            Meant for optimizers with normalized steps (Adam and its kin); pass 1 for SGD.
 
     Raises:
         ValueError: no prompt head in the model.
@@ -70,18 +77,14 @@ def parameter_groups(model: nn.Module, lr: float, prompt_lr_scale: float = PROMP
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
-    prompts = [parameter for head in heads for parameter in head.prompt.parameters()]
-    offsets: list[nn.Parameter] = []
-    for head in heads:
-        offsets += [head.logit_scale] if isinstance(head.logit_scale, nn.Parameter) else []
-        offsets += [head.residual.bias] if head.residual is not None else []
-    known = {id(parameter) for parameter in (*prompts, *offsets)}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    prompts = {parameter for head in heads for parameter in head.prompt.parameters()}
+    scales = {parameter for head in heads for parameter in (head.logit_scale, head.residual_bias)} - {None}
     groups: list[dict[str, Any]] = [
-        {"params": rest, "lr": lr},
-        {"params": prompts, "lr": lr * prompt_lr_scale, "weight_decay": 0.0},
-        {"params": offsets, "lr": lr * OFFSET_LR_SCALE, "weight_decay": 0.0},
+        {"params": [], "lr": lr},
+        {"params": [], "lr": lr * prompt_lr_scale, "weight_decay": 0.0},
+        {"params": [], "lr": lr * scale_lr_scale, "weight_decay": 0.0},
     ]
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[1 if parameter in prompts else 2 if parameter in scales else 0]["params"].append(parameter)
     return [group for group in groups if group["params"]]

@@ -242,11 +242,15 @@ def test_adjectives_keep_families_together_and_cover_all_ranks(scale: str, ranks
     pytest.importorskip("textblob")
     adjectives = _data.load_adjectives(scale, features=False)
     part_of: dict[str, set[str]] = {}
+    texts = [text for part in adjectives.parts().values() for text in part.texts]
+    assert len(texts) == len(set(texts))
     for name, part in adjectives.parts().items():
         for text in part.texts:
-            part_of.setdefault(text.split(":")[0], set()).add(name)
+            word, meaning = text.split(": ", 1)  # that other words may share
+            part_of.setdefault(f"word {word}", set()).add(name)
+            part_of.setdefault(f"meaning {meaning}", set()).add(name)
     assert all(len(names) == 1 for names in part_of.values())
-    assert sum(map(len, adjectives.parts().values())) > 2500
+    assert len(texts) > 2500
     assert all(len(part.labels.unique()) == adjectives.num_ranks == ranks for part in adjectives.parts().values())
     assert "abrupt: extremely steep" in {text for part in adjectives.parts().values() for text in part.texts}
 
@@ -314,3 +318,26 @@ def test_quick_demo_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     compare_heads.main(["--quick", "--seeds", "0", "--shots", "4", "--shift", "--heads", "linear", "ours"])
     assert "ours against its peers" in (tmp_path / "outputs/compare-words-quick/table.md").read_text(encoding="utf-8")
+
+
+def test_labels_that_are_rank_names_mean_these_ranks(tmp_path: Path) -> None:
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.csv").write_text("text,label\nfine,5\nbad,1\n")
+    data = _data.load_texts(tmp_path, ["1", "2", "3", "4", "5"], "so many stars:", features=False)
+    assert data.train.labels.tolist() == [4, 0]
+
+
+def test_runs_on_other_data_are_not_taken_for_these(tmp_path: Path) -> None:
+    words = ["--data", "features", "--heads", "linear", "--shots", "all", "--shift", "--seeds", "0", "--steps", "3"]
+    words += ["--features", str(write_features(tmp_path / "f.npz")), "--output", str(tmp_path / "out")]
+    compare_heads.main(words)
+    generator = np.random.default_rng(1)
+    write_features(tmp_path / "f.npz", x_train=generator.normal(size=(40, D)).astype(np.float32))
+    with pytest.raises(SystemExit, match="holds runs with other options .*digest"):
+        compare_heads.main(words)
+
+
+def test_mistakes_in_rank_names_and_device_are_told(tmp_path: Path) -> None:
+    features = ["--data", "features", "--features", str(write_features(tmp_path / "f.npz")), "--heads", "linear"]
+    with pytest.raises(SystemExit, match="--device warp"):
+        compare_heads.main([*features, "--device", "warp"])

@@ -440,7 +440,8 @@ def test_an_unreachable_hub_is_asked_once(examples: dict[str, Any], monkeypatch:
         server.bind(("127.0.0.1", 0))
         if reachable:
             server.listen()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("urllib.request.getproxies", dict)

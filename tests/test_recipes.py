@@ -26,7 +26,7 @@ def test_a_head_starts_at_its_names(clip: Any, tokenizer: Any) -> None:
         clip, NAMES, tokenizer=tokenizer, context="a photo of {} quality", interpolation=None
     ).eval()
     assert torch.equal(head.prototypes(), plain.prototypes())
-    assert [tuple(p.shape) for p in (head.alignment, head.residual.weight, head.residual.bias)] == [
+    assert [tuple(p.shape) for p in (head.alignment, head.residual, head.residual_bias)] == [
         (12, 12), (4, 12), (4,)
     ]  # fmt: skip
     features = torch.randn(5, 12)
@@ -50,7 +50,7 @@ def test_without_a_scale_of_its_own_it_is_ten_over_the_spread(clip: Any, tokeniz
 
 def learned(head: op.OrdinalPromptHead) -> op.OrdinalPromptHead:
     with torch.no_grad():
-        for parameter in (head.alignment, *head.residual.parameters()):
+        for parameter in (head.alignment, head.residual, head.residual_bias):
             parameter.normal_()
     return head
 
@@ -66,7 +66,7 @@ def test_alignment_and_residual_are_exported(
     head = op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, **settings)
     untrained = head.export()
     with torch.no_grad():
-        for parameter in (head.alignment, *(head.residual.parameters() if head.residual is not None else ())):
+        for parameter in (head.alignment, head.residual, head.residual_bias):
             if parameter is not None:
                 parameter.normal_()
     features = torch.randn(5, head.in_features)
@@ -82,7 +82,7 @@ def test_alignment_and_residual_are_exported(
         aligned = unit if head.alignment is None else unit @ (torch.eye(12) + 0.05 * head.alignment).T
         by_hand = aligned @ head.prototypes().T * head.logit_scale.exp()
         if head.residual is not None:
-            by_hand = by_hand + 5 * head.residual(unit)
+            by_hand = by_hand + 5 * nn.functional.linear(unit, head.residual, head.residual_bias)
         torch.testing.assert_close(expected, by_hand, rtol=1e-4, atol=1e-4)
 
 
@@ -96,12 +96,12 @@ def test_alignment_and_residual_are_saved(clip: Any, tokenizer: Any, tmp_path: A
     torch.testing.assert_close(copy.deepcopy(head)(features), head(features))
 
 
-@pytest.mark.parametrize("name", ["logit_scale", "alignment", "residual.weight", "residual.bias"])
+@pytest.mark.parametrize("name", ["logit_scale", "alignment", "residual", "residual_bias"])
 def test_what_is_not_finite_is_not_exported(name: str, clip: Any, tokenizer: Any) -> None:
     head = build(clip, tokenizer)
     with torch.no_grad():
         head.get_parameter(name).fill_(torch.nan)
-    with pytest.raises(ValueError, match=f"{name.replace('.', '_')} has values that are not finite"):
+    with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
         head.export()
 
 
@@ -112,8 +112,8 @@ def test_prompts_learn_more_slowly(clip: Any, tokenizer: Any) -> None:
     assert (rest["lr"], prompts["lr"], prompts["weight_decay"]) == (1e-3, pytest.approx(5e-5), 0)
     assert (offsets["lr"], offsets["weight_decay"]) == (pytest.approx(1e-2), 0)
     assert {id(p) for p in prompts["params"]} == {id(p) for p in head.prompt.parameters()}
-    assert {id(p) for p in offsets["params"]} == {id(head.logit_scale), id(head.residual.bias)}
-    free = (*model[0].parameters(), head.alignment, head.residual.weight)
+    assert {id(p) for p in offsets["params"]} == {id(head.logit_scale), id(head.residual_bias)}
+    free = (*model[0].parameters(), head.alignment, head.residual)
     assert {id(p) for p in rest["params"]} == {id(p) for p in free}
     head.prompt.requires_grad_(False)
     assert len(op.parameter_groups(model, lr=1e-3)) == 2
@@ -146,9 +146,42 @@ def test_names_are_trusted_as_far_as_features_agree(clip: Any, tokenizer: Any) -
 def test_mistakes(clip: Any) -> None:
     with pytest.raises(ValueError, match="OrdinalPromptHead in it, but Linear has none"):
         op.parameter_groups(nn.Linear(2, 2), lr=1)
-    with pytest.raises(ValueError, match="`alignment` to be finite"):
+    with pytest.raises(ValueError, match="`alignment` to be from 0 to 10000, but got -1"):
         op.OrdinalPromptHead(clip, 5, alignment=-1)
-    with pytest.raises(ValueError, match="`residual` to be finite and not negative"):
+    with pytest.raises(ValueError, match="`residual` to be from 0"):
         op.OrdinalPromptHead(clip, 5, residual=float("nan"))
-    with pytest.raises(ValueError, match="`confidence` to be finite and positive"):
+    with pytest.raises(ValueError, match="`confidence` to be above 0 to 10000"):
         op.OrdinalPromptHead(clip, 5, confidence=0)
+    with pytest.raises(TypeError, match="`confidence` to be a number, but got '0.3'"):
+        op.OrdinalPromptHead(clip, 5, confidence="0.3")
+
+
+def test_groups_hold_every_parameter_once(clip: Any, tokenizer: Any) -> None:
+    """Also with two heads, parts that they share, and a text encoder that trains."""
+    first, second = build(clip, tokenizer, freeze_text_encoder=False), build(clip, tokenizer, in_features=7)
+    second.prompt, second.residual_bias = first.prompt, first.residual_bias
+    model = nn.ModuleList([first, second, nn.Linear(2, 2)])
+    groups = op.parameter_groups(model, lr=1.0, prompt_lr_scale=0.5, scale_lr_scale=2.0)
+    assert [group["lr"] for group in groups] == [1.0, 0.5, 2.0]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(groups[2]["params"]) == 3
+
+
+def test_a_scale_that_runs_away_stays_finite(clip: Any, tokenizer: Any) -> None:
+    head = build(clip, tokenizer)
+    with torch.no_grad():
+        head.logit_scale.fill_(100.0)
+    features = torch.randn(3, 12)
+    assert head(features).isfinite().all()
+    torch.testing.assert_close(head.export()(features), head(features).detach())
+    with torch.no_grad():
+        head.alignment.fill_(3e38)  # finite, but the weight is not
+    with pytest.raises(ValueError, match="weight has values that are not finite"):
+        head.export()
+
+
+def test_a_frozen_head_still_learns_its_scale_after_loading(clip: Any, tokenizer: Any, tmp_path: Any) -> None:
+    build(clip, tokenizer).requires_grad_(False).save_pretrained(tmp_path)
+    assert op.OrdinalPromptHead.from_pretrained(tmp_path, clip).logit_scale.requires_grad
