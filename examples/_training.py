@@ -165,7 +165,7 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
         groups[0]["lr"] = options.backbone_lr
     if options.recipe and prompts:
         groups += [
-            {"name": "offset" if "weight_decay" in g else "head", **g} for g in op.parameter_groups(head, options.lr)
+            {"name": "scales" if "weight_decay" in g else "head", **g} for g in op.parameter_groups(head, options.lr)
         ]
     else:
         for name, inside in (("head", False), ("prompt", True)):

@@ -166,8 +166,29 @@ def test_the_recipe_learns_at_its_own_rates(finetune: Any, prompt_lr: str | None
     output = finetune("--freeze-backbone", "--head", "prompt", "--recipe", "--rank-names", ",".join(WORDS), *given)
     log = [json.loads(line) for line in (output / "prompt-seed1" / "log.jsonl").read_text().splitlines()]
     assert "kl" not in log[0]
-    assert log[0]["lr_offset"] == pytest.approx(10 * log[0]["lr_head"])
+    assert log[0]["lr_scales"] == pytest.approx(10 * log[0]["lr_head"])
     assert log[0]["lr_prompt"] == pytest.approx((0.2 if prompt_lr else 0.05) * log[0]["lr_head"])
+
+
+def test_options_go_before_the_recipe(encoder: Path) -> None:
+    model, tokenizer = finetune_text.open_encoder(str(encoder))
+    for given, expected in (((), (0.05, None, True)), (("--alignment", "0.3", "--kl-weight", "2"), (0.3, None, True))):
+        args = finetune_text.parse_arguments(["x.csv", "--encoder", str(encoder), "--recipe", *given])
+        head = finetune_text._build_head(args, "prompt", model, tokenizer, _ranks.Ranks((0, 1, 2), WORDS[:3]))
+        module = head.module
+        found = (module.alignment_scale, module.prompt.interpolation, module.logit_scale.requires_grad)
+        assert found == expected
+        terms = head.loss(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+        assert ("kl" in terms) == bool(given)
+    assert not finetune_text.parse_arguments(["--demo", "--no-recipe"]).recipe
+
+
+def test_training_that_diverges_is_told(finetune: Any) -> None:
+    words = ("--freeze-backbone", "--head", "linear", "--optimizer", "sgd", "--epochs", "1", "--batch-size", "512")
+    with pytest.raises(SystemExit, match="not finite"):
+        finetune(*words, "--lr", "3e39")
+    with pytest.raises(SystemExit, match="--recipe learns its scales at ten times --lr"):
+        finetune(*words, "--recipe")
 
 
 def test_class_token_pooling_and_few_shots(finetune: Any) -> None:
