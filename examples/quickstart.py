@@ -1,6 +1,6 @@
 """From a linear head to a prompt head in one run: how good or bad does a word feel?
 
-Real input, offline: 7,500 words with the mean of ten people's ratings (vaderSentiment), as eight ranks from "extremely
+Real input, offline: 7,200 words with the mean of ten people's ratings (vaderSentiment), as eight ranks from "extremely
 negative" to "very positive".  Features are all-MiniLM-L6-v2 sentence embeddings, and the same MiniLM encodes the
 prompts; `--clip` does it with the text encoder of a CLIP instead.  A linear head and a prompt head learn from 8 words
 per rank; the words of one family never stand on both sides.
