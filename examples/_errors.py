@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from ordinal_prompt.checkpoint import is_offline
+
 HUB_PATIENCE = 3  # seconds
 
 
@@ -36,7 +38,7 @@ def needs_network(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_offline(error):
+        if not is_offline(error):
             raise
         raise UserError(f"could not download {what}: no hub can be reached; {way_out}.") from error
     finally:
@@ -61,19 +63,3 @@ def skip_unreachable_hub() -> None:
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True  # it has read the environment already
-
-
-def _is_offline(error: BaseException | None) -> bool:
-    kinds = {
-        "ConnectError",
-        "ConnectTimeout",
-        "LocalEntryNotFoundError",
-        "MaxRetryError",
-        "OfflineModeIsEnabled",
-        "URLError",
-    }
-    while error is not None:
-        if isinstance(error, ConnectionError) or {kind.__name__ for kind in type(error).__mro__} & kinds:
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -44,7 +44,7 @@ def save(head: Any, folder: Path) -> None:
         "embed_dim": head.embed_dim,
         "in_features": None if head.projection is None else head.in_features,
         "normalize": head.normalize,
-        "learn_logit_scale": head._learn_logit_scale,
+        "learn_logit_scale": head._learn_logit_scale or head.logit_scale.requires_grad,
         "alignment": head.alignment_scale,
         "residual": head.residual_scale,
         "freeze_text_encoder": head._frozen,
@@ -196,7 +196,7 @@ def load_open_clip(
         model = open_clip.create_model(model_name, pretrained=pretrained)
         return model, open_clip.get_tokenizer(model_name) if with_tokenizer else None
     except (OSError, RuntimeError) as error:
-        if not _is_offline(error):
+        if not is_offline(error):
             raise
         raise ConnectionError(
             f"Could not download {model_name!r} (pretrained={pretrained!r}): no hub can be reached. Connect to the "
@@ -223,17 +223,18 @@ def _check_known(model_name: str, pretrained: str | None) -> None:
         )
 
 
-def _is_offline(error: BaseException | None) -> bool:
+def is_offline(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that a hub could not be reached."""
+    kinds = {
+        "ConnectError",
+        "ConnectTimeout",
+        "LocalEntryNotFoundError",
+        "MaxRetryError",
+        "OfflineModeIsEnabled",
+        "URLError",
+    }
     while error is not None:
-        if isinstance(error, ConnectionError) or type(error).__name__ in (
-            "ConnectError",
-            "ConnectTimeout",
-            "LocalEntryNotFoundError",
-            "MaxRetryError",
-            "OfflineModeIsEnabled",
-            "URLError",
-        ):
+        if isinstance(error, ConnectionError) or {kind.__name__ for kind in type(error).__mro__} & kinds:
             return True
         error = error.__cause__ or error.__context__
     return False
