@@ -30,6 +30,7 @@ from ordinal_prompt.arguments import (
 )
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, stock_layers
+from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.prompt import PromptLearner, full_precision, write_prompts
 from ordinal_prompt.text import Prompts, PromptTokenizer, adapt
 
@@ -141,6 +142,8 @@ class OrdinalPromptHead(nn.Module):
         alignment: float = 0.0,
         residual: float = 0.0,
         confidence: float = 1.0,
+        learn_prompts: bool = True,
+        kl_weight: float = 1.0,
         freeze_text_encoder: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -234,6 +237,12 @@ class OrdinalPromptHead(nn.Module):
         )
         if log_scale is None:
             self._measure_logit_scale(confidence)
+        self.kl_weight = kl_weight
+        self.prompt.requires_grad_(learn_prompts)
+
+    def loss(self, **options: Any) -> OrdinalPromptLoss:
+        """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
+        return OrdinalPromptLoss(**{"kl_weight": self.kl_weight, **options})
 
     def _assemble(
         self,

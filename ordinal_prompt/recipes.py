@@ -34,7 +34,7 @@ PROMPT_LR_SCALE = 0.05
 SCALE_LR_SCALE = 10.0
 
 
-def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
+def recipe(ranks: int | Sequence[str], prompts: str = "learned") -> dict[str, Any]:
     """Options of `OrdinalPromptHead` that we recommend; train with `parameter_groups` and
     `OrdinalPromptLoss(kl_weight=0)`.
 
@@ -50,6 +50,8 @@ def recipe(ranks: int | Sequence[str]) -> dict[str, Any]:
         "residual": RESIDUAL,
         "confidence": CONFIDENCE,
         "learn_logit_scale": True,
+        "learn_prompts": prompts == "learned",
+        "kl_weight": 0.0,
     }
 
 
