@@ -5,7 +5,7 @@ left behind as a plain layer by `export_heads`.
 """
 
 from ordinal_prompt import losses, protocols, text
-from ordinal_prompt.classifier import replace_head
+from ordinal_prompt.swap import replace_head
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, export_heads
 from ordinal_prompt.head import OrdinalPromptHead

@@ -6,39 +6,28 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ordinal_prompt.arguments import (
-    DEFAULT_BASE_RANKS,
-    MAX_FACTOR,
-    check_base_ranks,
-    check_factor,
-    check_integer,
-    check_log_scale,
-    check_names,
-    check_prompt_options,
-    check_rank_values,
-    check_ranks,
-    check_tokens_per_rank,
-)
+from ordinal_prompt import checkpoint
+from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, stock_layers
 from ordinal_prompt.losses import OrdinalPromptLoss
-from ordinal_prompt.prompt import PromptLearner, full_precision, write_prompts
-from ordinal_prompt.text import Prompts, PromptTokenizer, adapt
+from ordinal_prompt.matching import linear_map, log_scale_of_spread, match
+from ordinal_prompt.prompt import PromptLearner, full_precision
+from ordinal_prompt.prototypes import RankPrototypes
+from ordinal_prompt.text import adapt
+from ordinal_prompt.text.hub import load_open_clip
 
-OPENAI_VOCABULARY = 49408
 LOGIT_SPREAD = 10.0
 
 
-class OrdinalPromptHead(nn.Module):
+class OrdinalPromptHead(RankPrototypes):
     """A classification head over K ordered ranks whose weights a text encoder writes.
 
     Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
@@ -51,8 +40,8 @@ class OrdinalPromptHead(nn.Module):
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
             `ordinal_prompt.text.TransformersTextEncoder`, which chooses the pooling), or an object that fits
             `ordinal_prompt.text.TextEncoder`.  Only the text half is kept, and of the token embedding only what the
-            prompts need; the model is neither changed nor copied.  Its tensors are shared: to go on training it, pass
-            a copy (`copy.deepcopy`), or the prototypes go along.
+            prompts need; the model is neither changed nor copied.  Its tensors are shared: further training of it
+            also changes the head (but for the embeddings of words, which are copied); pass a copy to prevent that.
         ranks: K ≥ 2, or K distinct names, which the rank embeddings then start from.
         tokenizer: texts to token ids, as `open_clip.get_tokenizer(name)` or a tokenizer of transformers.  Without one,
             an open_clip model with OpenAI's vocabulary can still have random context and ranks.
@@ -81,6 +70,8 @@ class OrdinalPromptHead(nn.Module):
             out.
         confidence: factor on the default of `logit_scale` (without effect where `logit_scale` is given).  Below 1 the
             prototypes weigh less at the start; together with `learn_logit_scale` they gain as far as the data agree.
+        learn_prompts: False leaves the prompts as they start, so that the prototypes are computed once.
+        kl_weight: of the text-to-image term in the loss that `head.loss()` makes.
         freeze_text_encoder: freeze a view of the text encoder.  False trains the caller's own parameters, and makes
             them part of the state dict.
         device: where the head and its half of the text encoder live; default the text encoder's device.
@@ -88,11 +79,13 @@ class OrdinalPromptHead(nn.Module):
 
     Attributes:
         prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
-        logit_scale: () log of the factor on the cosines.
+        logit_scale: () log of the factor on the cosines; a parameter where it learns, else a buffer.
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment: (D, D) the A of the alignment, or None.
         residual, residual_bias: (K, D) and (K,) of the linear layer beside the prototypes, or None.
-        text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict.
+        text_encoder: the frozen text half; moved with the head, but in no parameter list and no state dict, and shared
+            by copies of the head.
+        config: the options.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, saying what does.
@@ -114,8 +107,6 @@ class OrdinalPromptHead(nn.Module):
     """
 
     logit_scale: Tensor
-    rank_values: Tensor
-    text_encoder: Any
     projection: nn.Linear | None
     alignment: nn.Parameter | None
     residual: nn.Parameter | None
@@ -148,153 +139,39 @@ class OrdinalPromptHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        names, num_ranks = check_ranks(ranks)
-        values = check_rank_values(rank_values, num_ranks)
-        context = check_prompt_options(context, rank_position, interpolation)
-        base_names = check_names(base_rank_names, "base_rank_names") if base_rank_names is not None else None
-        num_base_ranks = check_base_ranks(num_base_ranks, base_names, num_ranks, interpolation)
-        tokens_per_rank = check_tokens_per_rank(tokens_per_rank, num_ranks, interpolation)
-        if in_features is not None:
-            in_features = check_integer(in_features, "in_features", least=1)
-        alignment = check_factor(alignment, "alignment")
-        residual = check_factor(residual, "residual")
-        confidence = check_factor(confidence, "confidence", positive=True)
-        check_log_scale(logit_scale)
-
-        encoder, embed_tokens, own_log_scale = adapt(text_encoder, trainable=not freeze_text_encoder)
-        log_scale = logit_scale
-        if log_scale is None and own_log_scale is not None:
-            log_scale = own_log_scale + math.log(confidence)
-        words = base_names or names
-        if tokenizer is None and (isinstance(context, str) or words is not None):
-            raise ValueError(
-                f"Expected a `tokenizer` to turn {'the context' if isinstance(context, str) else 'rank names'} into "
-                "tokens, but got none; pass tokenizer=open_clip.get_tokenizer(model_name) (or your transformers "
-                "tokenizer), or build the head with OrdinalPromptHead.from_open_clip."
-            )
-        tokens = PromptTokenizer(tokenizer or _openai_tokenizer(embed_tokens))
-        written = write_prompts(tokens, context, rank_position, words, tokens_per_rank, interpolation is not None)
-        text = written.text
-        if text.num_tokens > encoder.context_length:
-            raise ValueError(
-                f"Expected prompts of at most {encoder.context_length} tokens, the text encoder's context length, but "
-                f"context and rank need {text.num_tokens} (with start, full stop and end); shorten the context or the "
-                "rank names."
-            )
-
-        weight = getattr(embed_tokens, "weight", None)
-        home = device if weight is None else torch.device(device or weight.device)
-
-        @torch.no_grad()
-        def embed(ids: Sequence[int]) -> Tensor:
-            table_device = None if weight is None else weight.device
-            if weight is not None and max(ids) >= len(weight):
-                raise ValueError(
-                    f"The tokenizer gives token id {max(ids)}, but this text encoder's vocabulary has {len(weight)}; "
-                    "pass the tokenizer that belongs to the text encoder."
-                )
-            return embed_tokens(torch.tensor(ids, dtype=torch.long, device=table_device)).detach()
-
-        special = embed((*text.start, *text.end, text.padding))
-        if dtype is None:
-            dtype = torch.promote_types(torch.float32, special.dtype)
-        self._assemble(
-            encoder,
-            PromptLearner(
-                text,
-                num_ranks=num_ranks,
-                positions=values,
-                interpolation=interpolation,
-                num_base_ranks=num_base_ranks,
-                rank_specific_context=rank_specific_context,
-                width=encoder.width,
-                special=special,
-                device=torch.device(home) if home is not None else special.device,
-                dtype=dtype,
-            ),
-            names,
-            embed_dim=encoder.embed_dim,
-            in_features=in_features,
-            normalize=bool(normalize),
-            log_scale=log_scale,
-            learn_logit_scale=bool(learn_logit_scale),
-            alignment=alignment,
-            residual=residual,
-            freeze_text_encoder=bool(freeze_text_encoder),
-        )
-        context_start = embed(written.context_ids) if written.context_ids is not None else None
-        names_start = None
-        if written.rank_ids is not None:
-            longest = max(map(len, written.rank_ids))
-            padded = [(*ids, *[text.padding] * (longest - len(ids))) for ids in written.rank_ids]
-            names_start = torch.stack([embed(ids) for ids in padded])
-        of_bases = base_names is not None
-        self.prompt.start_from_text(
-            context_start,
-            ranks=None if of_bases else names_start,
-            base_ranks=names_start if of_bases else None,
-        )
+        config = HeadConfig.from_arguments(locals())
+        source = adapt(text_encoder, trainable=not config.freeze_text_encoder)
+        prompt = PromptLearner.from_words(config, source, tokenizer, device, dtype)
+        log_scale = config.logit_scale
+        if log_scale is None and source.log_scale is not None:
+            log_scale = source.log_scale + math.log(config.confidence)
+        self._assemble(config, prompt, source.encoder, source.encoder.embed_dim, log_scale)
         if log_scale is None:
-            self._measure_logit_scale(confidence)
-        self.kl_weight = kl_weight
-        self.prompt.requires_grad_(learn_prompts)
-
-    def loss(self, **options: Any) -> OrdinalPromptLoss:
-        """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
-        return OrdinalPromptLoss(**{"kl_weight": self.kl_weight, **options})
+            with torch.no_grad():
+                self.logit_scale.copy_(log_scale_of_spread(self._cached(), config.confidence * LOGIT_SPREAD))
 
     def _assemble(
-        self,
-        text_encoder: Any,
-        prompt: PromptLearner,
-        rank_names: tuple[str, ...] | None,
-        *,
-        embed_dim: int,
-        in_features: int | None,
-        normalize: bool,
-        log_scale: float | None,
-        learn_logit_scale: bool,
-        alignment: float,
-        residual: float,
-        freeze_text_encoder: bool,
+        self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
     ) -> None:
         """Puts the parts together; the constructor and `from_pretrained` differ in where these come from."""
-        device, dtype = prompt.rank_embeddings.device, prompt.rank_embeddings.dtype
-        self.prompt = prompt
-        self.embed_dim = embed_dim
-        self.in_features = in_features or embed_dim
-        self.normalize = normalize
-        self._names = rank_names
-        self._frozen = freeze_text_encoder
+        super().__init__(prompt, text_encoder, embed_dim, config.freeze_text_encoder or text_encoder is None)
+        self.config = config
+        self.in_features = config.in_features or embed_dim
         self._source: dict[str, Any] | None = None
-        self._cache: tuple[list[Tensor], list[tuple[int, int]], Tensor] | None = None
-        self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
-        self._build_rank_values()
-        scale = torch.tensor(log_scale or 0.0, device=device, dtype=dtype)
-        self.logit_scale = nn.Parameter(scale, requires_grad=learn_logit_scale)
-        self._learn_logit_scale = learn_logit_scale
-        self.projection = None
-        if in_features is not None:
-            self.projection = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
-        self.alignment_scale = alignment
-        self.alignment = None
-        if alignment:
-            self.alignment = nn.Parameter(torch.zeros(embed_dim, embed_dim, device=device, dtype=dtype))
-        self.residual_scale = residual
-        self.residual = self.residual_bias = None
-        if residual:
-            self.residual = nn.Parameter(torch.zeros(prompt.num_ranks, embed_dim, device=device, dtype=dtype))
-            self.residual_bias = nn.Parameter(torch.zeros(prompt.num_ranks, device=device, dtype=dtype))
-        if isinstance(text_encoder, nn.Module):
-            text_encoder.to(device)
-            if freeze_text_encoder:
-                text_encoder.requires_grad_(False).eval()
-        if freeze_text_encoder:
-            # Beside the registered modules: part of no parameter list, state dict or optimizer, but see `_apply`.
-            object.__setattr__(self, "text_encoder", text_encoder)
-        else:
-            self.text_encoder = text_encoder
+        like: dict[str, Any] = {"device": prompt.rank_embeddings.device, "dtype": prompt.rank_embeddings.dtype}
+        scale = torch.tensor(log_scale or 0.0, **like)
+        if config.learn_logit_scale:
+            self.logit_scale = nn.Parameter(scale)
+        else:  # no parameter, so that nothing that trains a whole model lets it learn
+            self.register_buffer("logit_scale", scale)
+        self.projection = self.alignment = self.residual = self.residual_bias = None
+        if config.in_features is not None:
+            self.projection = nn.Linear(config.in_features, embed_dim, **like)
+        if config.alignment:
+            self.alignment = nn.Parameter(torch.zeros(embed_dim, embed_dim, **like))
+        if config.residual:
+            self.residual = nn.Parameter(torch.zeros(self.num_ranks, embed_dim, **like))
+            self.residual_bias = nn.Parameter(torch.zeros(self.num_ranks, **like))
 
     @classmethod
     def from_open_clip(
@@ -312,22 +189,20 @@ class OrdinalPromptHead(nn.Module):
             ValueError: unknown model or pretrained tag, with near matches.
             ConnectionError: weights or tokenizer that cannot be downloaded.
         """
-        from ordinal_prompt.checkpoint import load_open_clip
-
         model, tokenizer = load_open_clip(model_name, pretrained)
         head = cls(model, ranks, **{"tokenizer": tokenizer, **options})
         head._source = {"model_name": model_name, "pretrained": pretrained}
         return head
 
     @property
-    def num_ranks(self) -> int:
-        """K."""
-        return self.prompt.num_ranks
-
-    @property
     def rank_names(self) -> tuple[str, ...]:
         """The K names; of ranks without names, their values."""
-        return self._names or tuple(repr(value).removesuffix(".0") for value in self.prompt.positions)
+        return self.config.rank_names or tuple(repr(value).removesuffix(".0") for value in self.config.values)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether features are brought to unit norm."""
+        return self.config.normalize
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits over the ranks.
@@ -346,51 +221,10 @@ class OrdinalPromptHead(nn.Module):
         prototypes = self.prototypes()
         dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
-            features = self.projection(features.to(self._projection_dtype(features)))
+            autocast = torch.is_autocast_enabled(features.device.type)
+            features = self.projection(features if autocast else features.to(self.projection.weight.dtype))
         with full_precision(features):
-            features = features.to(dtype)
-            if self.normalize:
-                features = F.normalize(features, dim=-1)
-            return F.linear(features, self._weight(prototypes.to(dtype)), self._bias(dtype))
-
-    def prototypes(self) -> Tensor:
-        """The rank prototypes.
-
-        In training they are computed anew at every call and differentiable; without gradients (in eval mode, under
-        `torch.no_grad()`, or with frozen prompts) once, until a prompt parameter changes.
-
-        Returns:
-            (K, D) of unit norm, at least float32.
-        """
-        if self._differentiable():
-            return self._encode(self.prompt())
-        return self._cached_prototypes()
-
-    def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
-        """Prototypes at real positions between the first and the last rank, also where no rank is.
-
-        Args:
-            positions: (N,) in the units of `rank_values`.
-
-        Returns:
-            (N, D) of unit norm; differentiable in training.
-
-        Raises:
-            ValueError: positions outside the ranks, of another shape, or a head without interpolation.
-        """
-        if self.prompt.interpolation is None:
-            raise ValueError(
-                "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
-            )
-        positions = torch.as_tensor(positions, dtype=torch.float64, device=self.rank_values.device)
-        first, last = self.prompt.positions[0], self.prompt.positions[-1]
-        if positions.dim() != 1 or len(positions) == 0:
-            raise ValueError(f"Expected `positions` of shape (N,), but got {tuple(positions.shape)}.")
-        inside = positions.clamp(first, last)  # up to the rounding of float32, in which `rank_values` come
-        if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
-            raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
-        with torch.set_grad_enabled(self._differentiable()):
-            return self._encode(self.prompt.at(inside))
+            return match(features.to(dtype), *self._linear_map(prototypes.to(dtype)), self.normalize)
 
     def predict_proba(self, features: Tensor) -> Tensor:
         """Probabilities of the ranks, (..., K)."""
@@ -399,6 +233,10 @@ class OrdinalPromptHead(nn.Module):
     def predict(self, features: Tensor, rule: str = "expectation") -> Tensor:
         """Predicted rank values, (...), in the units of `rank_values`; see `decode` for the rules."""
         return decode(self(features), rule, self.rank_values)
+
+    def loss(self, **options: Any) -> OrdinalPromptLoss:
+        """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
+        return OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
 
     def export_prototypes(self, bias: bool = False) -> nn.Linear:
         """The prototypes as a linear layer, detached, without gradients, and without the text encoder.
@@ -417,8 +255,7 @@ class OrdinalPromptHead(nn.Module):
         Raises:
             ValueError: learned tensors that are not finite.
         """
-        weight = self._exported_weight()
-        offset = self._bias(weight.dtype)
+        weight, offset = self._exported_map()
         if bias and offset is None:
             offset = torch.zeros_like(weight[:, 0])
         layer = linear_layer(weight, offset, PrototypeLinear if self.normalize else nn.Linear)
@@ -437,18 +274,27 @@ class OrdinalPromptHead(nn.Module):
         """
         if self.projection is not None:
             check_finite(projection_weight=self.projection.weight, projection_bias=self.projection.bias)
-        weight = self._exported_weight()
-        layers = stock_layers(weight, self._bias(weight.dtype), self.projection, self.normalize)
+        layers = stock_layers(*self._exported_map(), self.projection, self.normalize)
         return layers.to(self.prompt.rank_embeddings.dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
 
-        Each file is written beside its place and then moved there: what was there stays whole until the new one is.
-        """
-        from ordinal_prompt.checkpoint import save
+        Files are written atomically: what was there stays whole until the new one is.
 
-        save(self, Path(folder))
+        Raises:
+            ValueError: learned tensors that are not finite, or prompts that are reparametrized (pruned, for instance).
+        """
+        prompt = self.prompt
+        if set(prompt.state_dict()) != {"context_embeddings", "rank_embeddings"}:
+            raise ValueError(
+                f"Cannot save prompts that are reparametrized ({', '.join(prompt.state_dict())}); make that permanent "
+                "first: torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        check_finite(**{name.replace(".", "_"): tensor for name, tensor in self.state_dict().items()})
+        checkpoint.save(
+            Path(folder), self.config, prompt, self.state_dict(), self._cached(), self.text_encoder, self._source
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, text_encoder: Any = None) -> OrdinalPromptHead:
@@ -465,98 +311,36 @@ class OrdinalPromptHead(nn.Module):
             FileNotFoundError: no such folder, or files missing in it.
             ValueError: damaged files; a text encoder of another width, or with other weights.
         """
-        from ordinal_prompt.checkpoint import load
-
-        head: OrdinalPromptHead = load(cls, Path(folder), text_encoder)
-        return head
-
-    def train(self, mode: bool = True) -> OrdinalPromptHead:
-        """Training mode; a frozen text encoder stays in eval mode."""
-        super().train(mode)
-        if self._frozen and isinstance(self.text_encoder, nn.Module):
-            self.text_encoder.eval()
-        return self
+        saved = checkpoint.load(Path(folder), text_encoder)
+        head = cls.__new__(cls)
+        head._assemble(saved.config, saved.prompt, saved.text_encoder, saved.embed_dim, None)
+        head._source = saved.source
+        with saved.explained():
+            head.load_state_dict(saved.tensors)
+        if saved.text_encoder is None:
+            head.keep_prototypes(saved.prototypes)
+        else:
+            saved.check(head._cached())
+        return head.eval()
 
     def extra_repr(self) -> str:
-        normalize = "" if self.normalize else ", normalize=False"
-        return f"in_features={self.in_features}, embed_dim={self.embed_dim}, num_ranks={self.num_ranks}{normalize}"
+        options = {"in_features": self.in_features, "embed_dim": self.embed_dim, "num_ranks": self.num_ranks}
+        given = {**options, **{name: value for name, value in self.config.changed().items() if name not in options}}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
-    def _encode(self, prompts: Prompts) -> Tensor:
-        if self.text_encoder is None:
-            raise RuntimeError(
-                "This head was loaded without its text encoder, so that its prompts cannot change or be encoded; load "
-                "it with from_pretrained(folder, text_encoder=...)."
-            )
-        features = self.text_encoder.encode(prompts)
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-    def _differentiable(self) -> bool:
-        if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
-            return False
-        encoder = [] if self._frozen else self.text_encoder.parameters()
-        return any(parameter.requires_grad for parameter in (*self.prompt.parameters(), *encoder))
-
-    def _text_encoder_version(self) -> list[tuple[int, int]]:
-        """Changes when a parameter of a trainable text encoder does; its many values are not compared."""
-        encoder = [] if self._frozen else self.text_encoder.parameters()
-        return [(parameter.data_ptr(), parameter._version) for parameter in encoder]
-
-    def _cached_prototypes(self) -> Tensor:
-        if self._cache is not None:
-            learned, version, prototypes = self._cache
-            if version == self._text_encoder_version() and all(map(_same, learned, self.prompt.parameters())):
-                return prototypes
-        # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            full_precision(self.rank_values),
-            _evaluating(self.text_encoder),
-        ):
-            prototypes = self._encode(self.prompt())
-            self._keep_prototypes(prototypes)
-        return prototypes
-
-    def _weight(self, prototypes: Tensor) -> Tensor:
-        """(K, D) weight of the linear map from features to logits."""
-        # Beyond the bound only a training that diverges gets, and infinite logits would end it.
-        weight = self.logit_scale.to(prototypes.dtype).exp().clamp(max=MAX_FACTOR) * prototypes
-        if self.alignment is not None:
-            weight = weight + self.alignment_scale * (weight @ self.alignment.to(prototypes.dtype))
-        if self.residual is not None:
-            weight = weight + self.residual_scale * self.residual.to(prototypes.dtype)
-        return weight
-
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        """(K,) what is added to the logits, or None."""
-        return None if self.residual_bias is None else self.residual_scale * self.residual_bias.to(dtype)
+    def _linear_map(self, prototypes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, D) and bias (K,) of the map from features (of unit norm, if they are normalized) to logits."""
+        factors = (self.config.alignment, self.config.residual)
+        weight = linear_map(prototypes, self.logit_scale, self.alignment, self.residual, factors)
+        return weight, None if self.residual_bias is None else factors[1] * self.residual_bias.to(weight.dtype)
 
     @torch.no_grad()
-    def _measure_logit_scale(self, confidence: float) -> None:
-        prototypes = self._cached_prototypes()
-        spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
-        self.logit_scale.copy_((confidence * LOGIT_SPREAD / spread).clamp(max=MAX_FACTOR).log())
-
-    @torch.no_grad()
-    def _exported_weight(self) -> Tensor:
-        prompt = self.prompt
-        check_finite(
-            context_embeddings=prompt.context_embeddings,
-            rank_embeddings=prompt.rank_embeddings,
-            logit_scale=self.logit_scale,
-            alignment=self.alignment,
-            residual=self.residual,
-            residual_bias=self.residual_bias,
-        )
-        prototypes = self._cached_prototypes()
-        weight = self._weight(prototypes)
-        check_finite(prototypes=prototypes, weight=weight.to(prompt.rank_embeddings.dtype))
-        return weight
-
-    def _projection_dtype(self, features: Tensor) -> torch.dtype:
-        assert self.projection is not None
-        autocast = torch.is_autocast_enabled(features.device.type)
-        return features.dtype if autocast else self.projection.weight.dtype
+    def _exported_map(self) -> tuple[Tensor, Tensor | None]:
+        parts = {**self.state_dict(), "prototypes": self._cached()}
+        check_finite(**{name.replace(".", "_"): tensor for name, tensor in parts.items()})
+        weight, bias = self._linear_map(parts["prototypes"])
+        check_finite(weight=weight.to(self.prompt.rank_embeddings.dtype))
+        return weight, bias
 
     def _check_features(self, features: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():
@@ -571,68 +355,3 @@ class OrdinalPromptHead(nn.Module):
             raise ValueError(
                 f"Expected `features` of shape (..., {self.in_features}), but got {tuple(features.shape)}{hint}."
             )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        values, error_messages = state_dict.get(f"{prefix}rank_values"), args[-1]
-        if (
-            values is not None
-            and values.shape == self.rank_values.shape
-            and not torch.allclose(values.to(self.rank_values), self.rank_values)
-        ):
-            error_messages.append(
-                f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrdinalPromptHead:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
-        if self._frozen and isinstance(self.text_encoder, nn.Module):
-            self.text_encoder._apply(fn)
-        self._build_rank_values()  # .bfloat16() would round years to decades
-        if self.text_encoder is None and self._cache is not None:
-            self._keep_prototypes(fn(self._cache[2]))
-        else:
-            self._cache = None
-        return self
-
-    def _build_rank_values(self) -> None:
-        embeddings = self.prompt.rank_embeddings
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=embeddings.device)
-
-    def _keep_prototypes(self, prototypes: Tensor) -> None:
-        """Makes given prototypes those of the prompt parameters as they are now."""
-        learned = [parameter.detach().clone() for parameter in self.prompt.parameters()]
-        self._cache = (learned, self._text_encoder_version(), prototypes)
-
-
-@contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
-    """Eval mode for a while: what is kept must not hold dropout's noise."""
-    modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def _same(before: Tensor, now: Tensor) -> bool:
-    return before.device == now.device and before.dtype == now.dtype and torch.equal(before, now)
-
-
-def _openai_tokenizer(embed_tokens: Any) -> Callable[..., Any]:
-    """open_clip's default tokenizer, for the special tokens of a model with its vocabulary."""
-    vocabulary = getattr(embed_tokens, "num_embeddings", None)
-    if vocabulary != OPENAI_VOCABULARY:
-        raise ValueError(
-            f"Expected a `tokenizer`, from which start, end and padding tokens are read: this text encoder's "
-            f"vocabulary ({vocabulary}) is not that of OpenAI's CLIP ({OPENAI_VOCABULARY}). Pass "
-            "tokenizer=open_clip.get_tokenizer(model_name) or your transformers tokenizer."
-        )
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer: Callable[..., Any] = SimpleTokenizer()
-    return tokenizer

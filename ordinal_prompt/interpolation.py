@@ -26,8 +26,8 @@ def base_positions(first: float, last: float, num_base_ranks: int) -> Tensor:
     tensor([0., 2., 4.], dtype=torch.float64)
     """
     if num_base_ranks == 1:
-        return torch.tensor([(first + last) / 2], dtype=torch.float64)
-    return torch.linspace(first, last, num_base_ranks, dtype=torch.float64)
+        return torch.tensor([(first + last) / 2], dtype=torch.float64, device="cpu")
+    return torch.linspace(first, last, num_base_ranks, dtype=torch.float64, device="cpu")
 
 
 def interpolation_weights(positions: Tensor, first: float, last: float, num_base_ranks: int, kind: str) -> Tensor:

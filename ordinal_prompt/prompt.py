@@ -1,159 +1,36 @@
 """Rank prompts: learnable context tokens and rank embeddings, laid out as token embeddings (OrdinalCLIP, section 3.2).
 
-A prompt reads `[start] context… rank… [.] [end]`.  `write_prompts` reads texts and options and finds out what stands
-where (a `PromptText`); `PromptLearner` holds what is learned and lays it out.
+`ordinal_prompt.text.template` finds out what stands where; `PromptLearner` holds what is learned and lays it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.interpolation import interpolation_weights
-from ordinal_prompt.text import Prompts, PromptTokenizer
+from ordinal_prompt.text import AdaptedText, Prompts, PromptTokenizer
+from ordinal_prompt.text.template import PromptText, WrittenPrompts, write_prompts
+from ordinal_prompt.text.tokens import openai_tokenizer
 
-RANK_POSITIONS = ("tail", "front", "middle")
 INIT_STD = 0.02
 LEAST_SINGULAR_VALUE = 0.02  # of the largest: mixtures that only huge base embeddings could tell apart stay together
-
-
-@dataclass(frozen=True)
-class PromptText:
-    """What stands where in the prompts, in token ids and token counts.
-
-    Attributes:
-        start: ids that open every prompt.
-        end: ids that close it: the full stop and the end of text.
-        padding: id of the padding.
-        stand_in: an ordinary id, for positions whose embedding is learned.
-        num_context: M, context tokens.
-        rank_at: context tokens in front of the rank.
-        rank_tokens: tokens of each rank: K counts in plain mode, one count for all ranks with interpolation.
-    """
-
-    start: tuple[int, ...]
-    end: tuple[int, ...]
-    padding: int
-    stand_in: int
-    num_context: int
-    rank_at: int
-    rank_tokens: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the longest prompt."""
-        return len(self.start) + self.num_context + max(self.rank_tokens) + len(self.end)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> PromptText:
-        """The inverse of `to_dict`, also of what JSON makes of it."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class WrittenPrompts:
-    """A `PromptText` and the token ids of the words in it; None where embeddings start at random."""
-
-    text: PromptText
-    context_ids: tuple[int, ...] | None
-    rank_ids: tuple[tuple[int, ...], ...] | None
-
-
-def write_prompts(
-    tokens: PromptTokenizer,
-    context: int | str,
-    rank_position: str,
-    names: Sequence[str] | None,
-    tokens_per_rank: int | Sequence[int],
-    interpolated: bool,
-) -> WrittenPrompts:
-    """Finds the token ids of context and rank names, and their places in the prompt.
-
-    A name is tokenized where it stands, as the words after the words before it.  A full stop at the end of a template
-    is the one that closes every prompt.
-
-    Args:
-        tokens: the tokenizer.
-        context: number of random context tokens, or a text; one `{}` in it marks the rank's place.
-        rank_position: `"tail"`, `"front"` or `"middle"` (after the first ⌊M/2⌋ context tokens).
-        names: names of the ranks, or of the base ranks; None for random rank tokens.
-        tokens_per_rank: T, or one count per rank; of no effect with names.
-        interpolated: whether all ranks are given the same number of tokens.
-    """
-    before, after = "", ""
-    context_ids: tuple[int, ...] | None = None
-    if isinstance(context, str):
-        before, _, after = context.replace("_", " ").partition("{}")
-        after = after.strip().removesuffix(".")
-        head = tokens.words(before)
-        context_ids = head + (tokens.follow(f"{before} one", after) if after.strip() else ())
-        rank_at = len(head) if "{}" in context else _rank_at(rank_position, len(context_ids))
-        num_context = len(context_ids)
-    else:
-        num_context = context
-        rank_at = _rank_at(rank_position, num_context)
-    if rank_at == 0:
-        before = ""
-    elif not before.strip():
-        before = "one"  # any word: a name inside a sentence may have other ids than at its start
-
-    rank_ids: tuple[tuple[int, ...], ...] | None = None
-    if names is not None:
-        rank_ids = tuple(tokens.follow(before, name.replace("_", " ")) for name in names)
-        for i, (name, ids) in enumerate(zip(names, rank_ids, strict=True)):
-            if not ids:
-                raise ValueError(
-                    f"Expected every rank name to have a token, but the tokenizer gives none for {name!r}."
-                )
-            if ids in rank_ids[:i]:
-                same = names[rank_ids.index(ids)]
-                raise ValueError(
-                    f"Expected names that the tokenizer tells apart, but {same!r} and {name!r} are the same."
-                )
-        counts = tuple(len(ids) for ids in rank_ids)
-    else:
-        counts = (tokens_per_rank,) if isinstance(tokens_per_rank, int) else tuple(tokens_per_rank)
-    if interpolated:
-        counts = (max(counts),)
-    text = PromptText(
-        start=tokens.start,
-        end=tokens.full_stop + tokens.end,
-        padding=tokens.padding,
-        stand_in=tokens.stand_in,
-        num_context=num_context,
-        rank_at=rank_at,
-        rank_tokens=counts,
-    )
-    return WrittenPrompts(text, context_ids, rank_ids)
-
-
-def _rank_at(position: str, num_context: int) -> int:
-    return {"front": 0, "middle": num_context // 2, "tail": num_context}[position]
 
 
 class PromptLearner(nn.Module):
     """What is learned of the prompts, and their layout.
 
     Args:
+        config: the options of the head.
         text: what stands where.
-        num_ranks: K.
-        positions: (K,) positions of the ranks for interpolation.
-        interpolation: how ranks are mixed from base ranks; None for K free rank embeddings.
-        num_base_ranks: B; without interpolation of no effect.
-        rank_specific_context: one set of context tokens per rank.
-        width: W, size of a token embedding.
         special: (start + end + 1, W) embeddings of the start ids, the end ids and the padding id.
+        device, dtype: of what is learned; default those of `special`, at least float32.
 
     Attributes:
         context_embeddings: (M, W), or (K, M, W) where they are specific to ranks.
@@ -163,40 +40,75 @@ class PromptLearner(nn.Module):
 
     context_embeddings: nn.Parameter
     rank_embeddings: nn.Parameter
-    interpolation_weights: Tensor | None
-    special: Tensor
 
     def __init__(
         self,
+        config: HeadConfig,
         text: PromptText,
-        *,
-        num_ranks: int,
-        positions: Tensor,
-        interpolation: str | None,
-        num_base_ranks: int,
-        rank_specific_context: bool,
-        width: int,
         special: Tensor,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.text = text
-        self.num_ranks = num_ranks
-        self.interpolation = interpolation
-        self.num_base_ranks = num_base_ranks if interpolation else num_ranks
-        self.rank_specific_context = rank_specific_context
-        self.positions: tuple[float, ...] = tuple(positions.double().tolist())
-        context_shape = (text.num_context, width)
-        if rank_specific_context:
-            context_shape = (num_ranks, *context_shape)  # type: ignore[assignment]  # one dimension more
+        self.num_ranks = config.num_ranks
+        self.interpolation = config.interpolation
+        self.num_base_ranks = config.num_base_ranks
+        self.rank_specific_context = config.rank_specific_context
+        self.positions = config.values
+        dtype = dtype or torch.promote_types(torch.float32, special.dtype)
+        special = special.to(device=device)
+        width, per_rank = special.shape[1], [self.num_ranks] * self.rank_specific_context
+        context_shape = (*per_rank, text.num_context, width)
         rank_shape = (self.num_base_ranks, max(text.rank_tokens), width)
-        self.context_embeddings = nn.Parameter(torch.empty(context_shape, device=device, dtype=dtype))
-        self.rank_embeddings = nn.Parameter(torch.empty(rank_shape, device=device, dtype=dtype))
-        self.register_buffer("special", special.to(device=device), persistent=False)
-        self.register_buffer("interpolation_weights", None, persistent=False)
+        self.context_embeddings = nn.Parameter(torch.empty(context_shape, device=special.device, dtype=dtype))
+        self.rank_embeddings = nn.Parameter(torch.empty(rank_shape, device=special.device, dtype=dtype))
+        # Constants, and no buffers: DistributedDataParallel would send them, and so change them, in every step.
+        self.special = special
+        self.interpolation_weights: Tensor | None = None
         self._build_weights()
         self.reset_parameters()
+        self.requires_grad_(config.learn_prompts)
+
+    @classmethod
+    def from_words(
+        cls,
+        config: HeadConfig,
+        source: AdaptedText,
+        tokenizer: Callable[..., Any] | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PromptLearner:
+        """Prompts that start from the context's and the ranks' words, as far as the config has some.
+
+        Args:
+            source: the text encoder, with its token embedding.
+            tokenizer: texts to token ids; needed for words.
+            device: default that of the token embedding.
+
+        Raises:
+            ValueError: words without a tokenizer, prompts that are too long, a tokenizer of another text encoder.
+        """
+        has_context = isinstance(config.context, str)
+        if tokenizer is None and (has_context or config.base_rank_names or config.rank_names):
+            raise ValueError(
+                f"Expected a `tokenizer` to turn {'the context' if has_context else 'rank names'} into tokens, but got "
+                "none; pass tokenizer=open_clip.get_tokenizer(model_name) (or your transformers tokenizer), or build "
+                "the head with OrdinalPromptHead.from_open_clip."
+            )
+        vocabulary = None if source.table is None else len(source.table)
+        written = write_prompts(PromptTokenizer(tokenizer or openai_tokenizer(vocabulary)), config)
+        text = written.text
+        if text.num_tokens > source.encoder.context_length:
+            raise ValueError(
+                f"Expected prompts of at most {source.encoder.context_length} tokens, the text encoder's context "
+                f"length, but context and rank need {text.num_tokens} (with start, full stop and end); shorten the "
+                "context or the rank names."
+            )
+        special = source.embed((*text.start, *text.end, text.padding))
+        prompt = cls(config, text, special, device, dtype)
+        prompt._start_from_words(written, source, of_bases=config.base_rank_names is not None)
+        return prompt
 
     def reset_parameters(self) -> None:
         """Random context and rank embeddings, N(0, 0.02)."""
@@ -204,54 +116,54 @@ class PromptLearner(nn.Module):
         nn.init.normal_(self.rank_embeddings, std=INIT_STD)
 
     @torch.no_grad()
-    def start_from_text(self, context: Tensor | None, ranks: Tensor | None, base_ranks: Tensor | None) -> None:
-        """Starts from token embeddings of texts; None leaves a part as it is.
-
-        Args:
-            context: (M, W) embeddings of a context.
-            ranks: (K, T, W) embeddings of the names of the ranks, padding included.
-            base_ranks: (B, T, W) embeddings of the names of the base ranks, padding included.
+    def _start_from_words(self, written: WrittenPrompts, source: AdaptedText, of_bases: bool) -> None:
+        """Starts from the token embeddings of words.
 
         K names become B base embeddings by least squares: those whose mixtures come closest to the names.  Measured
         against taking the names nearest to the base positions, over three interpolations and 2 to 5 bases
-        (`benchmarks/base_names.py`), the mixtures are closer to the names and predict better, each time.  As in the
-        published code, names that are shorter than the longest are filled up with the padding token's embedding, which
-        the text encoder reads; without interpolation every name keeps its own length.
+        (`benchmarks/heads/base_names.py`), the mixtures are closer to the names and predict better, each time.  As in
+        the published code, names that are shorter than the longest are filled up with the padding token's embedding,
+        which the text encoder reads; without interpolation every name keeps its own length.
         """
-        if context is not None:
-            self.context_embeddings.copy_(context.expand_as(self.context_embeddings))
-        if ranks is not None and self.interpolation_weights is not None:
-            weights, names = self.interpolation_weights.double().cpu(), ranks.double().cpu().flatten(1)
-            fit = torch.linalg.lstsq(weights, names, rcond=LEAST_SINGULAR_VALUE, driver="gelsd").solution
-            base_ranks = fit.unflatten(1, ranks.shape[1:])
-        elif ranks is not None:
-            base_ranks = ranks
-        if base_ranks is not None:
-            self.rank_embeddings.copy_(base_ranks)
+        if written.context_ids is not None:
+            self.context_embeddings.copy_(source.embed(written.context_ids).expand_as(self.context_embeddings))
+        if written.rank_ids is None or self.special.is_meta:
+            return
+        longest = max(map(len, written.rank_ids))
+        padded = [(*ids, *[self.text.padding] * (longest - len(ids))) for ids in written.rank_ids]
+        names = torch.stack([source.embed(ids) for ids in padded])
+        if self.interpolation_weights is not None and not of_bases:
+            weights, rows = self._weights(_positions(self.positions)), names.double().cpu().flatten(1)
+            fit = torch.linalg.lstsq(weights.double(), rows, rcond=LEAST_SINGULAR_VALUE, driver="gelsd").solution
+            names = fit.unflatten(1, names.shape[1:])
+        self.rank_embeddings.copy_(names)
 
-    def forward(self) -> Prompts:
-        """The prompts of the K ranks."""
-        ranks: Tensor = self.rank_embeddings
-        if self.interpolation_weights is not None:
-            ranks = _mix(self.interpolation_weights, ranks)
-        return self._lay_out(ranks, self.context_embeddings)
+    def forward(self, positions: Tensor | None = None) -> Prompts:
+        """The prompts of the K ranks, or of N real positions (N,) between the first and the last (with interpolation).
 
-    def at(self, positions: Tensor) -> Prompts:
-        """The prompts of N real positions (N,) between the first and the last rank, with interpolation only."""
-        assert self.interpolation is not None  # checked by the head
-        ranks = _mix(self._weights(positions), self.rank_embeddings)
-        context: Tensor = self.context_embeddings
-        if self.rank_specific_context:  # between two ranks, between their contexts
-            known = torch.tensor(self.positions, dtype=torch.float64, device=positions.device)
-            right = torch.searchsorted(known, positions.double()).clamp(1, self.num_ranks - 1)
-            part = (positions.double() - known[right - 1]) / (known[right] - known[right - 1])
-            context = torch.lerp(context[right - 1], context[right], part.to(context.dtype)[:, None, None])
+        In training they are differentiable in what is learned.
+        """
+        ranks, context = self.rank_embeddings, self.context_embeddings
+        if positions is not None:
+            ranks = _mix(self._weights(positions), ranks)
+            if self.rank_specific_context:
+                context = self._context_between(positions)
+        elif self.interpolation_weights is not None:
+            ranks = _mix(self.interpolation_weights.to(ranks.device), ranks)
         return self._lay_out(ranks, context)
+
+    def _context_between(self, positions: Tensor) -> Tensor:
+        """(N, M, W) contexts of positions (N,): between two ranks, between their contexts."""
+        known, positions = _positions(self.positions).to(positions.device), positions.double()
+        right = torch.searchsorted(known, positions).clamp(1, self.num_ranks - 1)
+        part = (positions - known[right - 1]) / (known[right] - known[right - 1])
+        context = self.context_embeddings
+        return torch.lerp(context[right - 1], context[right], part.to(context.dtype)[:, None, None])
 
     def _lay_out(self, ranks: Tensor, context: Tensor) -> Prompts:
         """Prompts from rank embeddings (N, T, W) and context embeddings (M, W) or (N, M, W)."""
-        text, num, dtype = self.text, len(ranks), ranks.dtype
-        special = self.special.to(dtype)
+        text, num = self.text, len(ranks)
+        special = self.special.to(ranks)  # a replica of nn.DataParallel may run elsewhere
         start, end, padding = special.split([len(text.start), len(text.end), 1])
         before, after = context.split([text.rank_at, text.num_context - text.rank_at], dim=-2)
 
@@ -293,11 +205,12 @@ class PromptLearner(nn.Module):
 
     def _build_weights(self) -> None:
         if self.interpolation is not None:
-            positions = torch.tensor(self.positions, dtype=torch.float64)
-            self.interpolation_weights = self._weights(positions).to(self.rank_embeddings.device)
+            weights = self._weights(_positions(self.positions))
+            self.interpolation_weights = weights.to(self.rank_embeddings.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptLearner:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.special = fn(self.special)
         self._build_weights()  # .half() and .bfloat16() would round neighbouring ranks onto each other
         return self
 
@@ -306,6 +219,10 @@ class PromptLearner(nn.Module):
             f"{self.interpolation}, {self.num_base_ranks} base ranks" if self.interpolation else "free rank embeddings"
         )
         return f"{self.num_ranks} ranks, {self.text.num_context} context tokens, {kind}"
+
+
+def _positions(positions: tuple[float, ...]) -> Tensor:
+    return torch.tensor(positions, dtype=torch.float64, device="cpu")
 
 
 def _mix(weights: Tensor, bases: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Text encoders: from prompts as token embeddings to text features.
 
-`adapt` turns what a user has (an open_clip model or its text tower, a transformers text model, or an object that fits
+`adapt` turns what a user has (an open_clip model or its text tower, a text model of transformers, or an object that fits
 the `TextEncoder` protocol) into what the head needs, without touching it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.text.open_clip import is_tower, open_clip_text
@@ -21,15 +23,50 @@ from ordinal_prompt.text.transformers import (
     hf_text_encoder,
     is_hf_text_encoder,
     is_transformers_text,
-    text_model,
     token_embedding,
 )
 
-__all__ = ["PromptTokenizer", "Prompts", "TextEncoder", "TransformersTextEncoder", "adapt"]
+__all__ = ["AdaptedText", "PromptTokenizer", "Prompts", "TextEncoder", "TransformersTextEncoder", "adapt"]
 
 
-def adapt(model: Any, trainable: bool = False) -> tuple[Any, Callable[[Tensor], Tensor], float | None]:
-    """The text encoder of a model, its token embedding, and the model's log logit scale where it has one.
+@dataclass(frozen=True)
+class AdaptedText:
+    """What the head takes of a model.
+
+    Attributes:
+        encoder: the text encoder, a `TextEncoder`.
+        embed_tokens: token ids (N,) to token embeddings (N, W); used only while prompts are built.
+        log_scale: the log of the model's own factor on cosines, where it has one.
+    """
+
+    encoder: Any
+    embed_tokens: Callable[[Tensor], Tensor]
+    log_scale: float | None
+
+    @property
+    def table(self) -> Tensor | None:
+        """The token embeddings (V, W) of the vocabulary, where they are known."""
+        table = getattr(self.embed_tokens, "weight", None)
+        return table if isinstance(table, Tensor) else None
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Token embeddings (N, W), detached.
+
+        Raises:
+            ValueError: ids outside the vocabulary, as a foreign tokenizer gives them.
+        """
+        if self.table is not None and max(ids) >= len(self.table):
+            raise ValueError(
+                f"The tokenizer gives token id {max(ids)}, but this text encoder's vocabulary has {len(self.table)}; "
+                "pass the tokenizer that belongs to the text encoder."
+            )
+        device = "cpu" if self.table is None else self.table.device
+        return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=device)).detach()
+
+
+def adapt(model: Any, trainable: bool = False) -> AdaptedText:
+    """The text half of a model, ready for prompts.
 
     Args:
         model: `open_clip.CLIP`, `CustomTextCLIP`, `CoCa` or a text tower of theirs; a text model of transformers
@@ -37,11 +74,11 @@ def adapt(model: Any, trainable: bool = False) -> tuple[Any, Callable[[Tensor], 
         trainable: keep the parameters trainable (and the caller's own) instead of frozen views of them.
 
     Raises:
-        TypeError: the model has no text encoder that is known here.
+        TypeError: the model has no text encoder that is known here, or one that cannot encode prompts.
     """
     if isinstance(model, TextEncoder):
         half: Any = text_half(model) if isinstance(model, nn.Module) and not trainable else model
-        return half, model.embed_tokens, _log_scale(model)
+        return AdaptedText(half, model.embed_tokens, _log_scale(model))
     pooling = "mean"
     if isinstance(model, TransformersTextEncoder):
         model, pooling = model.model, model.pooling
@@ -49,13 +86,13 @@ def adapt(model: Any, trainable: bool = False) -> tuple[Any, Callable[[Tensor], 
     tower: Any = text if isinstance(text, nn.Module) else model
     if isinstance(tower, nn.Module):
         if is_tower(tower):
-            embedding: Any = tower.token_embedding
-            return open_clip_text(tower, trainable), embedding, _log_scale(model)
+            return AdaptedText(open_clip_text(tower, trainable), tower.token_embedding, _log_scale(model))
         if is_hf_text_encoder(tower):
-            return hf_text_encoder(tower, trainable), token_embedding(tower.transformer), _log_scale(model)
+            half = hf_text_encoder(tower, trainable)
+            return AdaptedText(half, token_embedding(tower.transformer), _log_scale(model))
         if is_transformers_text(tower):
-            half = TransformersHalf(text_model(tower), pooling, trainable)
-            return half, token_embedding(tower), _log_scale(model)
+            half = TransformersHalf(tower, pooling, trainable)
+            return AdaptedText(half, token_embedding(tower), _log_scale(model))
     raise TypeError(
         f"Expected `text_encoder` to hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip "
         "model (CLIP, CustomTextCLIP, CoCa) or its text tower, a text model of transformers, and any object with the "
@@ -66,5 +103,5 @@ def adapt(model: Any, trainable: bool = False) -> tuple[Any, Callable[[Tensor], 
 def _log_scale(model: Any) -> float | None:
     scale = getattr(model, "logit_scale", None)
     if isinstance(scale, Tensor):
-        scale = float(scale.detach().reshape(-1)[0])
+        scale = None if scale.is_meta else float(scale.detach().reshape(-1)[0])
     return scale

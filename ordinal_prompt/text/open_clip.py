@@ -33,6 +33,7 @@ def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the tower gives a feature per token instead of one per text.
+        TypeError: the tower's own code cannot encode prompts.
     """
     pooling = _pooling(tower)
     if pooling == "none":
@@ -40,13 +41,16 @@ def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
             "Expected a text tower that gives one feature per text, but got one with pool_type 'none'; build the model "
             "with pool_type 'argmax', 'eos', 'first' or 'last'."
         )
-    half = text_half(tower, tower.token_embedding.weight, _IMAGE_HALF, trainable)
+    ours = _from_open_clip(tower)
+    # The code of another package may ask its image half for something, as OpenAI's asks it for its precision.
+    half = text_half(tower, tower.token_embedding.weight, _IMAGE_HALF if ours else (), trainable)
     causal = getattr(tower, "attn_mask", None) is not None
     pooled_at_end = _class_token(tower) is not None or pooling in ("argmax", "eos")
-    if causal and pooled_at_end and _from_open_clip(tower) and all(map(_is_plain, _attentions(tower))):
+    if causal and pooled_at_end and ours and all(map(_is_plain, _attentions(tower))):
         return CausalTextHalf(half)
     cut = bool(getattr(tower, "use_pad_mask", False)) and pooling != "last" and _class_token(tower) is None
-    return TextHalf(half, *_sizes(tower), cut)
+    width, embed_dim, context_length = _sizes(tower)
+    return TextHalf(half, width, context_length, cut).checked(tower.token_embedding.weight)
 
 
 class CausalTextHalf(nn.Module):

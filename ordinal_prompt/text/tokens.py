@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+OPENAI_VOCABULARY = 49408
+
 
 class PromptTokenizer:
     """Splits a tokenizer's output into start, words, end and padding.
@@ -88,6 +90,24 @@ class PromptTokenizer:
         while stop and ids[stop - 1] == self.padding:
             stop -= 1
         return tuple(ids[:stop])
+
+
+def openai_tokenizer(vocabulary: int | None) -> Callable[..., Any]:
+    """open_clip's default tokenizer, for the special tokens of a model with the vocabulary of OpenAI's CLIP.
+
+    Raises:
+        ValueError: another vocabulary.
+    """
+    if vocabulary != OPENAI_VOCABULARY:
+        raise ValueError(
+            f"Expected a `tokenizer`, from which start, end and padding tokens are read: this text encoder's "
+            f"vocabulary ({vocabulary}) is not that of OpenAI's CLIP ({OPENAI_VOCABULARY}). Pass "
+            "tokenizer=open_clip.get_tokenizer(model_name) or your transformers tokenizer."
+        )
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Callable[..., Any] = SimpleTokenizer()
+    return tokenizer
 
 
 def _accepts(function: Callable[..., Any], keyword: str) -> bool:

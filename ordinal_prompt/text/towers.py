@@ -8,12 +8,17 @@ third of a text encoder, is left behind: in its place stands a `PromptEmbedding`
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.text.prompts import Prompts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PromptEmbedding(nn.Module):
@@ -63,15 +68,44 @@ class TextHalf(nn.Module):
 
     Args:
         tower: what `text_half` made of a model.
-        width, embed_dim, context_length: see `TextEncoder`.
+        width, context_length: see `TextEncoder`.
         cut: whether sequences may end with the longest prompt.
     """
 
-    def __init__(self, tower: nn.Module, width: int, embed_dim: int, context_length: int, cut: bool) -> None:
+    embed_dim: int
+
+    def __init__(self, tower: nn.Module, width: int, context_length: int, cut: bool) -> None:
         super().__init__()
         self.tower = tower
-        self.width, self.embed_dim, self.context_length = width, embed_dim, context_length
+        self.width, self.context_length = width, context_length
         self.cut = cut
+
+    @torch.no_grad()
+    def checked(self, table: Tensor) -> Self:
+        """Itself, once a prompt of one token has gone through; `embed_dim` is the size of the feature that came out.
+
+        Args:
+            table: (V, W) token embeddings.
+
+        Raises:
+            TypeError: the model's own code fails on prompts, or gives something else than one feature per text.
+        """
+        ids, one = torch.zeros(1, 2, dtype=torch.long, device=table.device), table[:1].detach()
+        prompt = Prompts(one, one[None], torch.ones_like(ids[0, :1]), one[0], ids, 0)
+        told = (
+            f"Expected `text_encoder` to encode prompts, but {type(self.tower).__name__} {{}}; pass its text model by "
+            "itself, or an object with the members of ordinal_prompt.text.TextEncoder."
+        )
+        try:
+            with evaluating(self.tower):
+                feature = self.encode(prompt)
+        except Exception as error:  # whatever another package's code may raise
+            raise TypeError(told.format(f"fails on one ({type(error).__name__}: {error})")) from error
+        if not isinstance(feature, Tensor) or feature.dim() != 2 or len(feature) != 1:
+            kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise TypeError(told.format(f"gives {kind} instead of one feature (1, D)"))
+        self.embed_dim = feature.shape[1]
+        return self
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
@@ -96,3 +130,16 @@ class TextHalf(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.tower.parameters() if p.is_floating_point())
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Eval mode for a while, where `module` is one: what is kept must not hold dropout's noise."""
+    modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.text.prompts import Prompts
 from ordinal_prompt.text.towers import TextHalf, text_half
 
 POOLINGS = ("mean", "cls")
@@ -20,10 +18,13 @@ _IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
 
 
 def is_transformers_text(model: nn.Module) -> bool:
-    """Whether the module is a text model of transformers (or an image-text model that holds one)."""
-    if not (hasattr(model, "get_input_embeddings") and hasattr(getattr(model, "config", None), "model_type")):
+    """Whether the module is a text model of transformers (or a model of texts and something else that holds one)."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
         return False
-    return isinstance(token_embedding(model), nn.Embedding)
+    try:
+        return isinstance(token_embedding(model), nn.Embedding)
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def is_hf_text_encoder(model: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def hf_text_encoder(encoder: Any, trainable: bool = False) -> nn.Module:
     """The text encoder of open_clip's `HFTextEncoder`, which masks padding: sequences end with the longest prompt."""
     table = token_embedding(encoder.transformer).weight
     half = text_half(encoder, table, trainable=trainable)
-    return TextHalf(half, table.shape[1], encoder.output_dim, _context_length(encoder.config), cut=True)
+    return TextHalf(half, table.shape[1], _context_length(encoder), cut=True).checked(table)
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ class TransformersHalf(TextHalf):
     """Runs the text half of a transformers model on prompts; see `TransformersTextEncoder` for the arguments."""
 
     def __init__(self, model: Any, pooling: str = "mean", trainable: bool = False) -> None:
-        config: Any = getattr(model.config, "text_config", model.config)
-        table = token_embedding(model).weight
+        model, table = text_model(model), token_embedding(model).weight
         half = text_half(model, table, _IMAGE_HALF, trainable)
+        kind = getattr(model.config, "text_config", model.config).model_type
         # SigLIP was trained without a padding mask: every text is padded to the full length.
-        cut = "siglip" not in config.model_type
-        super().__init__(half, table.shape[1], 0, _context_length(config), cut)
+        super().__init__(half, table.shape[1], _context_length(model), cut="siglip" not in kind)
         self.pooling = pooling
-        self.own_pooling = "clip" in config.model_type or "siglip" in config.model_type
-        self.embed_dim = self._feature_size(table)
+        # A feature of its own: that of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
+        self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind
+        self.checked(table)
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""
@@ -93,18 +94,12 @@ class TransformersHalf(TextHalf):
             features = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1)
         return features
 
-    @torch.no_grad()
-    def _feature_size(self, table: Tensor) -> int:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=table.device)
-        row = table[:1]
-        lengths = torch.ones(1, dtype=torch.long, device=table.device)
-        return self.encode(Prompts(row, row[None], lengths, row[0], ids, 0)).shape[-1]
-
 
 def text_model(model: Any) -> Any:
     """The model itself, the encoder of an encoder-decoder, or what a model with a task's head builds on."""
-    if not hasattr(model, "text_projection"):  # which belongs to CLIP's own features
-        model = getattr(model, "base_model", model)
+    if hasattr(model, "get_text_features") or hasattr(model, "text_projection"):  # features of its own
+        return model
+    model = getattr(model, "base_model", model)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()
     return model
@@ -112,12 +107,17 @@ def text_model(model: Any) -> Any:
 
 def token_embedding(model: Any) -> Any:
     """The module that embeds the token ids of a transformers model (of its text half)."""
-    half = text_model(model.text_model if hasattr(model, "vision_model") else model)
+    half = text_model(model.text_model if hasattr(model, "get_text_features") else model)
     return half.get_input_embeddings()
 
 
-def _context_length(config: Any) -> int:
-    """The most tokens of a text; RoBERTa-like models count positions from the padding id on."""
+def _context_length(model: Any) -> int:
+    """The most tokens of a text; RoBERTa-like models count positions from behind the padding's on."""
+    config: Any = getattr(model.config, "text_config", model.config)
     length = getattr(config, "max_position_embeddings", None) or 512
-    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-    return int(length) - offset
+    padding = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return int(length) - max((index + 1 for index in padding if index is not None), default=0)

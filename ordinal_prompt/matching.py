@@ -1,0 +1,45 @@
+"""Matching features to prototypes by cosine: one linear map, of features of unit norm (OrdinalCLIP, section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ordinal_prompt.config import MAX_FACTOR
+
+
+def linear_map(
+    prototypes: Tensor,
+    log_scale: Tensor,
+    alignment: Tensor | None = None,
+    residual: Tensor | None = None,
+    factors: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """The weight (K, D) of the linear map from features to logits.
+
+    Args:
+        prototypes: (K, D) of unit norm.
+        log_scale: () the log of the factor on the cosines.
+        alignment: (D, D) A of the map I + factor · A between features and prototypes.
+        residual: (K, D) added to the weight, times its factor.
+        factors: of alignment and residual.
+    """
+    # Beyond the bound only a training that diverges gets, and infinite logits would end it.
+    weight = log_scale.to(prototypes.dtype).exp().clamp(max=MAX_FACTOR) * prototypes
+    if alignment is not None:
+        weight = weight + factors[0] * (weight @ alignment.to(weight.dtype))
+    if residual is not None:
+        weight = weight + factors[1] * residual.to(weight.dtype)
+    return weight
+
+
+def match(features: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
+    """Logits (..., K) of features (..., D), brought to unit norm first or not; weight (K, D), bias (K,)."""
+    return F.linear(F.normalize(features, dim=-1) if normalize else features, weight, bias)
+
+
+def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
+    """() the log of `factor` over the spread of the prototypes (K, D): ranks compete alike whatever their encoder."""
+    spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    return (factor / spread).clamp(max=MAX_FACTOR).log()

@@ -1,0 +1,246 @@
+"""Rank prototypes: prompts and a text encoder, and the one cache of what they make (OrdinalCLIP, section 3.2)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ordinal_prompt.cache import Kept
+from ordinal_prompt.prompt import PromptLearner, full_precision
+from ordinal_prompt.text import Prompts
+from ordinal_prompt.text.towers import evaluating, text_half
+
+
+class RankPrototypes(nn.Module):
+    """K rank prototypes, which a text encoder makes of prompts: what a head has before it meets features.
+
+    While something is learned, `prototypes()` encodes the prompts at every call.  Without gradients (in eval mode,
+    under `torch.no_grad()`, or with frozen prompts) the prototypes are kept until a tensor that they were made of
+    changes.  Seen are optimizer steps, `load_state_dict`, writing in place (under `torch.no_grad()`, or through `.data`
+    on CPU and CUDA), assigning `.data`, `.to()`, pruning and parametrizations, in the prompts and in the text encoder
+    or the model that it shares its weights with (there without `.data`).  Not seen is what is written past PyTorch:
+    through NumPy, another library's pointer, or a replayed CUDA graph.
+
+    Args:
+        prompt: the prompts.
+        text_encoder: a `TextEncoder`, or None for prototypes that are given to `keep_prototypes`.
+        embed_dim: D.
+        frozen: keep the text encoder out of parameters, state dict and copies (copies of this module share it).
+    """
+
+    text_encoder: Any
+    rank_values: Tensor
+
+    def __init__(self, prompt: PromptLearner, text_encoder: Any, embed_dim: int, frozen: bool) -> None:
+        super().__init__()
+        self.prompt = prompt
+        self.embed_dim = embed_dim
+        self._frozen = frozen
+        self._kept: Kept | None = None
+        self._key = _register(self)
+        self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
+        self._build_rank_values()
+        if isinstance(text_encoder, nn.Module):
+            text_encoder.to(prompt.rank_embeddings.device)
+        if frozen:
+            self._set_frozen(text_encoder)
+        else:
+            self.text_encoder = text_encoder
+
+    @property
+    def num_ranks(self) -> int:
+        """K."""
+        return self.prompt.num_ranks
+
+    def prototypes(self) -> Tensor:
+        """The rank prototypes, (K, D) of unit norm, at least float32.
+
+        In training they are computed anew at every call and differentiable; without gradients once, until something
+        that they depend on changes.
+        """
+        if self._differentiable():
+            return self._encode(self.prompt())
+        if torch.compiler.is_compiling():
+            return self._in_a_graph()
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and the like: not ours to keep
+            return self._encode(self.prompt())
+        return self._cached()
+
+    def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
+        """Prototypes at real positions between the first and the last rank, also where no rank is.
+
+        Args:
+            positions: (N,) in the units of `rank_values`.
+
+        Returns:
+            (N, D) of unit norm; differentiable in training.
+
+        Raises:
+            ValueError: positions outside the ranks, of another shape, or a head without interpolation.
+        """
+        if self.prompt.interpolation is None:
+            raise ValueError(
+                "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
+            )
+        positions = torch.as_tensor(positions, dtype=torch.float64, device=self.rank_values.device)
+        first, last = self.prompt.positions[0], self.prompt.positions[-1]
+        if positions.dim() != 1 or len(positions) == 0:
+            raise ValueError(f"Expected `positions` of shape (N,), but got {tuple(positions.shape)}.")
+        inside = positions.clamp(first, last)  # up to the rounding of float32, in which `rank_values` come
+        if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
+            raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
+        with torch.set_grad_enabled(self._differentiable()):
+            return self._encode(self.prompt(inside))
+
+    def keep_prototypes(self, prototypes: Tensor) -> None:
+        """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
+        self._kept = Kept(prototypes, self._sources(), self.prompt.parameters())
+
+    def _cached(self) -> Tensor:
+        """The prototypes without gradients; computed where there are none that hold."""
+        if self._kept is not None and self._kept.holds(self._sources()):
+            return self._kept.result
+        # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            full_precision(self.rank_values),
+            evaluating(self.text_encoder),
+        ):
+            prototypes = self._encode(self.prompt())
+            self.keep_prototypes(prototypes)
+        return prototypes
+
+    def _in_a_graph(self) -> Tensor:
+        """The prototypes without gradients, in a graph that outlives them: a compiled one asks for those that hold
+        whenever it runs, an exported one encodes the prompts.
+        """
+        if _current_prototypes is not None and not torch.compiler.is_exporting():
+            current: Tensor = _current_prototypes(self.rank_values, self._key)
+            return current
+        with torch.no_grad(), full_precision(self.rank_values):
+            return self._encode(self.prompt())
+
+    def _encode(self, prompts: Prompts) -> Tensor:
+        if self.text_encoder is None:
+            raise RuntimeError(
+                "This head has no text encoder (it was loaded without one, or came from the meta device), so that its "
+                "prompts cannot be encoded; load it with from_pretrained(folder, text_encoder=...)."
+            )
+        features = self.text_encoder.encode(prompts)
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+    def _differentiable(self) -> bool:
+        if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
+            return False
+        encoder = [] if self._frozen else self.text_encoder.parameters()
+        prompt = (self.prompt.rank_embeddings, self.prompt.context_embeddings, *self.prompt.parameters())
+        return any(tensor.requires_grad for tensor in (*prompt, *encoder))
+
+    def _sources(self) -> list[Tensor]:
+        """The tensors that the prototypes are made of."""
+        return _tensors(self.prompt) + (self._frozen_tensors if self._frozen else _tensors(self.text_encoder))
+
+    def _set_frozen(self, text_encoder: Any) -> None:
+        if isinstance(text_encoder, nn.Module):
+            text_encoder.requires_grad_(False).eval()
+        # Beside the registered modules: part of no parameter list, state dict or optimizer, but see `_apply`.
+        object.__setattr__(self, "text_encoder", text_encoder)
+        self._frozen_tensors = _tensors(text_encoder)
+
+    def _build_rank_values(self) -> None:
+        embeddings = self.prompt.rank_embeddings
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=embeddings.device)
+
+    # ------------------------------------------------------------------------------------- what PyTorch does to modules
+
+    def train(self, mode: bool = True) -> RankPrototypes:
+        """Training mode; a frozen text encoder stays in eval mode."""
+        super().train(mode)
+        if self._frozen and isinstance(self.text_encoder, nn.Module):
+            self.text_encoder.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RankPrototypes:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._build_rank_values()  # .bfloat16() would round years to decades
+        kept, self._kept = self._kept, None
+        if self.text_encoder is None and kept is not None:
+            self.keep_prototypes(fn(kept.result))
+        if self._frozen and isinstance(self.text_encoder, nn.Module):
+            before = self._frozen_tensors
+            self._set_frozen(text_half(self.text_encoder)._apply(fn))  # type: ignore[no-untyped-call]  # not the copies'
+            if any(was.is_meta and not now.is_meta for was, now in zip(before, self._frozen_tensors, strict=True)):
+                self._set_frozen(None)  # to_empty() gives memory, and no weights
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        values, error_messages = state_dict.get(f"{prefix}rank_values"), args[-1]
+        if (
+            values is not None
+            and values.shape == self.rank_values.shape
+            and not (values.is_meta or self.rank_values.is_meta)
+            and not torch.allclose(values.to(self.rank_values), self.rank_values)
+        ):
+            error_messages.append(
+                f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankPrototypes:
+        if self._frozen:
+            memo.update({id(part): part for part in (self.text_encoder, *self._frozen_tensors)})
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._key = _register(self)
+
+    def _replicate_for_data_parallel(self) -> RankPrototypes:
+        raise RuntimeError(
+            "nn.DataParallel cannot train a prompt head, whose text encoder stays on one device. Use "
+            "DistributedDataParallel (start the same script with torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0); a "
+            "trained model runs under nn.DataParallel after op.export_heads(model)."
+        )
+
+
+def _tensors(module: Any) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+
+
+# A compiled graph cannot look after a cache; it calls this operator, which looks it up by the module's number.
+_keys = itertools.count()
+_alive: WeakValueDictionary[int, RankPrototypes] = WeakValueDictionary()
+
+
+def _register(module: RankPrototypes) -> int:
+    key = next(_keys)
+    _alive[key] = module
+    return key
+
+
+def _current(like: Tensor, key: int) -> Tensor:
+    return _alive[key]._cached().to(like, copy=True)
+
+
+_current_prototypes: Any = None
+if hasattr(torch.Tag, "cudagraph_unsafe") and hasattr(torch.compiler, "is_exporting"):
+    _current_prototypes = torch.library.custom_op(
+        "ordinal_prompt::current_prototypes",
+        _current,
+        mutates_args=(),
+        schema="(Tensor like, int key) -> Tensor",
+        tags=(torch.Tag.cudagraph_unsafe,),
+    )
+    _current_prototypes.register_fake(lambda like, key: like.new_empty(len(like), _alive[key].embed_dim))
