@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ordinal_prompt as op
 
-CASES = sorted((Path(__file__).parent / "data" / "golden").glob("*.npz"))
+CASES = sorted((Path(__file__).parent / "data").glob("*.npz"))
 
 
 class Case:

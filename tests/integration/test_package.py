@@ -18,7 +18,7 @@ from conftest import tiny_clip
 
 import ordinal_prompt as op
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(op.__path__, "ordinal_prompt."))
 
 
