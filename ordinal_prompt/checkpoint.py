@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.prompt import PromptLearner
-from ordinal_prompt.text import adapt
-from ordinal_prompt.text.hub import load_open_clip
+from ordinal_prompt.text import adapt, hub
 from ordinal_prompt.text.template import PromptText
 
 CONFIG_FILE = "ordinal_prompt.json"
@@ -110,7 +109,7 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
     special, prototypes, source = tensors.pop("special"), tensors.pop("prototypes"), written["source"]
     if text_encoder is None and source and source.get("pretrained"):
         try:
-            text_encoder, _ = load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)
+            text_encoder, _ = hub.load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)
         except (ConnectionError, ValueError) as error:
             raise type(error)(
                 f"{error} Or load the prototypes alone, which predict and export, with "

@@ -21,8 +21,7 @@ from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.matching import linear_map, log_scale_of_spread, match
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.prototypes import RankPrototypes
-from ordinal_prompt.text import adapt
-from ordinal_prompt.text.hub import load_open_clip
+from ordinal_prompt.text import adapt, hub
 
 LOGIT_SPREAD = 10.0
 
@@ -189,7 +188,7 @@ class OrdinalPromptHead(RankPrototypes):
             ValueError: unknown model or pretrained tag, with near matches.
             ConnectionError: weights or tokenizer that cannot be downloaded.
         """
-        model, tokenizer = load_open_clip(model_name, pretrained)
+        model, tokenizer = hub.load_open_clip(model_name, pretrained)
         head = cls(model, ranks, **{"tokenizer": tokenizer, **options})
         head._source = {"model_name": model_name, "pretrained": pretrained}
         return head

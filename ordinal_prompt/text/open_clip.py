@@ -49,8 +49,7 @@ def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
     if causal and pooled_at_end and ours and all(map(_is_plain, _attentions(tower))):
         return CausalTextHalf(half)
     cut = bool(getattr(tower, "use_pad_mask", False)) and pooling != "last" and _class_token(tower) is None
-    width, embed_dim, context_length = _sizes(tower)
-    return TextHalf(half, width, context_length, cut).checked(tower.token_embedding.weight)
+    return TextHalf(half, *_sizes(tower), cut).checked(tower.token_embedding.weight)
 
 
 class CausalTextHalf(nn.Module):

@@ -68,21 +68,19 @@ class TextHalf(nn.Module):
 
     Args:
         tower: what `text_half` made of a model.
-        width, context_length: see `TextEncoder`.
+        width, embed_dim, context_length: see `TextEncoder`.
         cut: whether sequences may end with the longest prompt.
     """
 
-    embed_dim: int
-
-    def __init__(self, tower: nn.Module, width: int, context_length: int, cut: bool) -> None:
+    def __init__(self, tower: nn.Module, width: int, embed_dim: int, context_length: int, cut: bool) -> None:
         super().__init__()
         self.tower = tower
-        self.width, self.context_length = width, context_length
+        self.width, self.embed_dim, self.context_length = width, embed_dim, context_length
         self.cut = cut
 
     @torch.no_grad()
     def checked(self, table: Tensor) -> Self:
-        """Itself, once a prompt of one token has gone through; `embed_dim` is the size of the feature that came out.
+        """Itself, once a prompt of one token has gone through; `embed_dim` is then the size of its feature.
 
         Args:
             table: (V, W) token embeddings.

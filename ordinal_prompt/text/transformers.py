@@ -36,7 +36,7 @@ def hf_text_encoder(encoder: Any, trainable: bool = False) -> nn.Module:
     """The text encoder of open_clip's `HFTextEncoder`, which masks padding: sequences end with the longest prompt."""
     table = token_embedding(encoder.transformer).weight
     half = text_half(encoder, table, trainable=trainable)
-    return TextHalf(half, table.shape[1], _context_length(encoder), cut=True).checked(table)
+    return TextHalf(half, table.shape[1], encoder.output_dim, _context_length(encoder), cut=True).checked(table)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class TransformersHalf(TextHalf):
         half = text_half(model, table, _IMAGE_HALF, trainable)
         kind = getattr(model.config, "text_config", model.config).model_type
         # SigLIP was trained without a padding mask: every text is padded to the full length.
-        super().__init__(half, table.shape[1], _context_length(model), cut="siglip" not in kind)
+        super().__init__(half, table.shape[1], 0, _context_length(model), cut="siglip" not in kind)
         self.pooling = pooling
         # A feature of its own: that of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
-        self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind
+        self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or "siglip" in kind
         self.checked(table)
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:

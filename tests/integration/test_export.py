@@ -131,7 +131,7 @@ def test_export_heads_needs_a_head() -> None:
 def test_export_refuses_what_is_not_finite(name: str, clip: Any) -> None:
     head = op.OrdinalPromptHead(clip, 5, in_features=7)
     with torch.no_grad():
-        head.get_parameter(name).fill_(float("nan"))
+        head.state_dict()[name].fill_(float("nan"))
     with pytest.raises(ValueError, match=f"{name.split('.')[-1]}.*not finite.*lower learning rate"):
         head.export()
 

@@ -70,7 +70,7 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "quality", "is", "bad", "fair", "good", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", load)
+    monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", load)
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) >= 4

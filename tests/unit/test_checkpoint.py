@@ -138,14 +138,14 @@ def test_round_trip_in_other_precisions(
 
 
 def test_prototypes_alone_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", lambda *_, **__: (tiny_clip(), open_clip.tokenize))
+    monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", lambda *_, **__: (tiny_clip(), open_clip.tokenize))
     head = op.OrdinalPromptHead.from_open_clip("any", "weights", ranks=5).eval()
     head.save_pretrained(tmp_path)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("no hub.")
 
-    monkeypatch.setattr("ordinal_prompt.checkpoint.load_open_clip", refuse)
+    monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", refuse)
     with pytest.raises(ConnectionError, match="text_encoder=False"):
         op.OrdinalPromptHead.from_pretrained(tmp_path)
     alone = op.OrdinalPromptHead.from_pretrained(tmp_path, text_encoder=False)

@@ -43,7 +43,7 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         (
             {"context": "a {}", "rank_position": "front", "tokenizer": WITH_TOKENIZER},
             ValueError,
-            "leave one of them away",
+            "leave one of them out",
         ),
         ({"interpolation": "cubic"}, ValueError, "`interpolation` to be one of .* or None, but got 'cubic'"),
         ({"rank_position": "end"}, ValueError, "`rank_position` to be one of .* but got 'end'"),
