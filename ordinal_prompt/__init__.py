@@ -5,13 +5,13 @@ left behind as a plain layer by `export_heads`.
 """
 
 from ordinal_prompt import losses, protocols, text
-from ordinal_prompt.swap import replace_head
 from ordinal_prompt.decoding import decode
-from ordinal_prompt.export import PrototypeLinear, export_heads
+from ordinal_prompt.export import PrototypeLinear
 from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.metrics import ordinality
 from ordinal_prompt.recipes import parameter_groups, recipe
+from ordinal_prompt.swap import export_heads, replace_head
 
 __version__ = "0.1.0"
 

@@ -6,6 +6,7 @@ that learn: it shares their memory until either is written to, by whatever way, 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # Not public in PyTorch; without them, writing in place through `.data` is not seen.
 _lazy_copy: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
+_version = operator.attrgetter("_version")
 _address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.data_ptr)
 
 
@@ -22,35 +24,35 @@ class Kept:
 
     Args:
         result: what is kept.
-        sources: the tensors that it was made of.
+        sources: lists of the tensors that it was made of.
         learned: those of them that may be written to through `.data`.
     """
 
-    def __init__(self, result: Tensor, sources: Iterable[Tensor], learned: Iterable[Tensor] = ()) -> None:
+    def __init__(self, result: Tensor, sources: tuple[list[Tensor], ...], learned: Iterable[Tensor] = ()) -> None:
         self.result = result
-        self.sources = [*sources]
+        self.sources = sources
         self.learned = [*learned]
         self._mark()
 
-    def holds(self, sources: list[Tensor]) -> bool:
+    def holds(self, sources: tuple[list[Tensor], ...]) -> bool:
         """Whether the sources are the same tensors, and none has been written to or moved since."""
         return (
-            len(sources) == len(self.sources)
-            and all(a is b for a, b in zip(sources, self.sources, strict=True))
-            and None not in self._versions
-            and [*map(_version, sources)] == self._versions
+            all(map(_same, sources, self.sources))
+            and self._version is not None
+            and _sum_of_versions(sources) == self._version
             and [*map(_address, self.learned)] == self._addresses
         )
 
     def _mark(self) -> None:
         shared = (t for t in self.learned if _lazy_copy is not None and _owns_memory(t))
         self._lazy_copies = [_lazy_copy(tensor.detach()) for tensor in shared]  # type: ignore[misc]  # not None here
-        self._versions = [*map(_version, self.sources)]
+        counted = not any(tensor.is_inference() for tensors in self.sources for tensor in tensors)
+        self._version = _sum_of_versions(self.sources) if counted else None  # inference tensors count nothing
         self._addresses = [*map(_address, self.learned)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are marked anew, where there is still something to keep."""
-        sources = self.sources if self.holds(self.sources) else []
+        sources = self.sources if self.holds(self.sources) else ([],) * len(self.sources)
         return {"result": self.result, "sources": sources, "learned": self.learned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -58,11 +60,16 @@ class Kept:
         self._mark()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _same(before: list[Tensor], now: list[Tensor]) -> bool:
+    return before is now or (len(before) == len(now) and all(map(operator.is_, before, now)))
+
+
+def _sum_of_versions(sources: tuple[list[Tensor], ...]) -> int:
+    """Grows with every write to one of the tensors."""
+    return sum(sum(map(_version, tensors)) for tensors in sources)
 
 
 def _owns_memory(tensor: Tensor) -> bool:
     """Whether nobody else's tensor would move along with this one."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
-    return plain and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return plain and not tensor.is_shared() and tensor.untyped_storage().nbytes() == tensor.nbytes

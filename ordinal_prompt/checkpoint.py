@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.config import HeadConfig
+from ordinal_prompt.export import check_finite
 from ordinal_prompt.prompt import PromptLearner
+from ordinal_prompt.prototypes import RankPrototypes
 from ordinal_prompt.text import adapt, hub
 from ordinal_prompt.text.template import PromptText
 
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
 FORMAT = 2
+LEARNED = frozenset(
+    "prompt.context_embeddings prompt.rank_embeddings rank_values logit_scale projection.weight projection.bias "
+    "alignment residual residual_bias".split()
+)
 # Other weights give other prototypes; other hardware differs in the last bits.
 PROTOTYPE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -53,18 +59,23 @@ class Checkpoint:
         """D."""
         return self.prototypes.shape[1]
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Says which folder has weights that do not fit."""
+    def load_into(self, head: RankPrototypes) -> None:
+        """Gives a head of the same parts what was learned.
+
+        Raises:
+            ValueError: weights that do not fit, or a text encoder that gives other prototypes than were saved.
+        """
         try:
-            yield
+            head.load_state_dict(self.tensors)
         except RuntimeError as error:
             raise ValueError(f"The weights in {self.folder} do not fit their config: {error}") from error
-
-    def check(self, prototypes: Tensor) -> None:
-        """Raises ValueError where the prototypes are not those that were saved: the text encoder is another one."""
+        if self.text_encoder is None:
+            head.keep_prototypes(self.prototypes)
+            return
         tolerance = PROTOTYPE_TOLERANCE[self.prompt.rank_embeddings.dtype]
-        if not torch.allclose(prototypes.cpu(), self.prototypes, atol=tolerance):
+        with torch.no_grad():
+            prototypes = head.prototypes().cpu()
+        if not torch.allclose(prototypes, self.prototypes, atol=tolerance):
             raise ValueError(
                 f"The head in {self.folder} gives other prototypes with this text encoder than when it was saved; pass "
                 "the text encoder that it was trained with, with the same weights."
@@ -83,6 +94,13 @@ def save(
     """Writes a head's config and weights into a folder, each file atomically; see `Checkpoint` for the arguments."""
     from safetensors.torch import save_file
 
+    check_finite(**state_dict)
+    foreign = [name for name in state_dict if name not in LEARNED and not name.startswith("text_encoder.")]
+    if foreign:
+        raise ValueError(
+            f"Cannot save a head with tensors of an adapter or a reparametrization ({', '.join(foreign)}); make them "
+            "permanent first, as merge_and_unload() of PEFT and torch.nn.utils.prune.remove do."
+        )
     precision = next((p.dtype for p in _parameters(text_encoder) if p.is_floating_point()), prompt.special.dtype)
     written = {
         "format": FORMAT,
@@ -105,7 +123,7 @@ def save(
 def load(folder: Path, text_encoder: Any) -> Checkpoint:
     """Reads what was saved into a folder; see `OrdinalPromptHead.from_pretrained` for `text_encoder` and errors."""
     written, tensors = _read(folder)
-    config = HeadConfig.from_dict(written["head"])
+    config = HeadConfig(**written["head"])
     special, prototypes, source = tensors.pop("special"), tensors.pop("prototypes"), written["source"]
     if text_encoder is None and source and source.get("pretrained"):
         try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ordinal_prompt.text.towers import evaluating
 
 NORM_EPS = 1e-12  # that of F.normalize
 
@@ -35,6 +35,30 @@ def linear_layer(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return layer.eval()
+
+
+@torch.no_grad()
+def plain_linear(layer: nn.Module, in_features: int) -> nn.Linear:
+    """A linear layer as a plain one: itself, or with what an adapter (LoRA, for instance) or a hook adds to it.
+
+    Raises:
+        ValueError: what it computes is no linear map.
+    """
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+        return layer
+    like = next(layer.parameters())
+    probe = torch.eye(in_features, dtype=like.dtype, device=like.device)
+    with evaluating(layer):
+        bias = layer(probe[:1] * 0)[0]
+        weight = (layer(probe) - bias).T
+        trial = probe.flip(1).cumsum(0)  # any other inputs
+        found, expected = trial @ weight.T + bias, layer(trial)
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"Cannot export: the projection, a {type(layer).__name__}, computes no linear map; merge its adapter into "
+            "it first, or remove the adapter."
+        )
+    return linear_layer(weight, bias)
 
 
 def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | None, normalize: bool) -> nn.Module:
@@ -66,41 +90,11 @@ def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | No
     return nn.Sequential(*layers).eval()
 
 
-def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
-    """Replaces every prompt head inside a model by its `export()`: plain layers, and no text encoder.
-
-    Args:
-        model: a model that holds prompt heads, or a head.
-        inplace: change the model; False returns a changed copy (without copying text encoders) and leaves it as it is.
-
-    Returns:
-        The model (or, for a head, its export).
-
-    Raises:
-        ValueError: no prompt head in the model; learned tensors that are not finite.
-    """
-    from ordinal_prompt.head import OrdinalPromptHead
-
-    heads = {name: module for name, module in model.named_modules() if isinstance(module, OrdinalPromptHead)}
-    if not heads:
-        raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
-    exported = {id(head): head.export() for head in heads.values()}
-    if not inplace:
-        memo: dict[int, object] = dict(exported)
-        copied: nn.Module = copy.deepcopy(model, memo) if id(model) not in memo else exported[id(model)]
-        return copied
-    for parent in [*model.modules()]:
-        for name, child in [*parent._modules.items()]:  # named_children() gives a shared child only once
-            if id(child) in exported:
-                setattr(parent, name, exported[id(child)])
-    return exported.get(id(model), model)
-
-
-def check_finite(**tensors: Tensor | None) -> None:
+def check_finite(**tensors: Tensor) -> None:
     """Raises ValueError where a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"Cannot export or save: {name} has values that are not finite. Training has probably diverged; load "
-                "an earlier checkpoint or train with a lower learning rate."
+                f"Cannot export or save: {name.replace('.', '_')} has values that are not finite. Training has "
+                "probably diverged; load an earlier checkpoint or train with a lower learning rate."
             )

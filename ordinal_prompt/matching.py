@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,10 +35,21 @@ def linear_map(
 
 def match(features: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
     """Logits (..., K) of features (..., D), brought to unit norm first or not; weight (K, D), bias (K,)."""
-    return F.linear(F.normalize(features, dim=-1) if normalize else features, weight, bias)
+    features = F.normalize(features, dim=-1) if normalize else features
+    return F.linear(features, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
     """() the log of `factor` over the spread of the prototypes (K, D): ranks compete alike whatever their encoder."""
     spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     return (factor / spread).clamp(max=MAX_FACTOR).log()
+
+
+def check_features(features: Tensor, width: int, projected: bool) -> None:
+    """Raises TypeError or ValueError where features are not (..., width) floating point numbers."""
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"Expected `features` to be a floating point tensor, but got {kind}.")
+    if features.dim() == 0 or features.shape[-1] != width:
+        hint = "" if projected else "; for features of another width build the head with in_features="
+        raise ValueError(f"Expected `features` of shape (..., {width}), but got {tuple(features.shape)}{hint}.")

@@ -143,7 +143,8 @@ class PromptLearner(nn.Module):
 
         In training they are differentiable in what is learned.
         """
-        ranks, context = self.rank_embeddings, self.context_embeddings
+        ranks: Tensor = self.rank_embeddings
+        context: Tensor = self.context_embeddings
         if positions is not None:
             ranks = _mix(self._weights(positions), ranks)
             if self.rank_specific_context:
@@ -233,6 +234,7 @@ def _mix(weights: Tensor, bases: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """No autocast, on devices that have one."""
+    """No autocast on the tensor's device, where there is some."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if active else nullcontext()

@@ -144,9 +144,9 @@ class RankPrototypes(nn.Module):
         prompt = (self.prompt.rank_embeddings, self.prompt.context_embeddings, *self.prompt.parameters())
         return any(tensor.requires_grad for tensor in (*prompt, *encoder))
 
-    def _sources(self) -> list[Tensor]:
+    def _sources(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that the prototypes are made of."""
-        return _tensors(self.prompt) + (self._frozen_tensors if self._frozen else _tensors(self.text_encoder))
+        return _tensors(self.prompt), self._frozen_tensors if self._frozen else _tensors(self.text_encoder)
 
     def _set_frozen(self, text_encoder: Any) -> None:
         if isinstance(text_encoder, nn.Module):
@@ -177,7 +177,7 @@ class RankPrototypes(nn.Module):
             self.keep_prototypes(fn(kept.result))
         if self._frozen and isinstance(self.text_encoder, nn.Module):
             before = self._frozen_tensors
-            self._set_frozen(text_half(self.text_encoder)._apply(fn))  # type: ignore[no-untyped-call]  # not the copies'
+            self._set_frozen(text_half(self.text_encoder)._apply(fn))  # not that of copies
             if any(was.is_meta and not now.is_meta for was, now in zip(before, self._frozen_tensors, strict=True)):
                 self._set_frozen(None)  # to_empty() gives memory, and no weights
         return self
@@ -204,7 +204,7 @@ class RankPrototypes(nn.Module):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         self._key = _register(self)
 
     def _replicate_for_data_parallel(self) -> RankPrototypes:
@@ -216,7 +216,10 @@ class RankPrototypes(nn.Module):
 
 
 def _tensors(module: Any) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    if not isinstance(module, nn.Module):
+        return []
+    parts = (part for inner in module.modules() for part in (*inner._parameters.values(), *inner._buffers.values()))
+    return [part for part in parts if part is not None]
 
 
 # A compiled graph cannot look after a cache; it calls this operator, which looks it up by the module's number.

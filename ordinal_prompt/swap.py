@@ -1,7 +1,9 @@
-"""Finding a model's classifier, and putting a head in its place."""
+"""Putting a head in the place of a model's classifier, and plain layers in the place of heads."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -59,14 +61,42 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     if weight is not None:
         head.to(weight.device)
     head.train(old.training)
-    for parent in [*model.modules()]:
-        for leaf, child in [*parent._modules.items()]:
-            if child is old:  # a layer may stand in two places
-                setattr(parent, leaf, head)
+    _replace(model, {id(old): head})
     parts = found.split(".")
     for depth in range(len(parts)):
         _follow_classes(model.get_submodule(".".join(parts[:depth])), head)
     return model
+
+
+def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """Replaces every prompt head inside a model by its `export()`: plain layers, and no text encoder.
+
+    Args:
+        model: a model that holds prompt heads, or a head.
+        inplace: change the model; False returns a changed copy (without copying text encoders) and leaves it as it is.
+
+    Returns:
+        The model (or, for a head, its export).
+
+    Raises:
+        ValueError: no prompt head in the model; learned tensors that are not finite.
+    """
+    heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
+    if not heads:
+        raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
+    exported = {id(head): head.export() for head in heads}
+    if not inplace:
+        model = exported.get(id(model)) or copy.deepcopy(model, {**exported})
+    _replace(model, exported)
+    return exported.get(id(model), model)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Puts modules in the place of others, given by their ids; a module may stand in several places."""
+    for parent in [*model.modules()]:
+        for leaf, child in [*parent._modules.items()]:
+            if id(child) in replacements:
+                setattr(parent, leaf, replacements[id(child)])
 
 
 def _find(model: nn.Module) -> str:

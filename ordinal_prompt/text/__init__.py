@@ -1,7 +1,7 @@
 """Text encoders: from prompts as token embeddings to text features.
 
-`adapt` turns what a user has (an open_clip model or its text tower, a text model of transformers, or an object that fits
-the `TextEncoder` protocol) into what the head needs, without touching it.
+`adapt` turns what a user has (an open_clip model or its text tower, a text model of transformers, or an object that
+fits the `TextEncoder` protocol) into what the head needs, without touching it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
     tower: Any = text if isinstance(text, nn.Module) else model
     if isinstance(tower, nn.Module):
         if is_tower(tower):
-            return AdaptedText(open_clip_text(tower, trainable), tower.token_embedding, _log_scale(model))
+            embedding: Any = tower.token_embedding
+            return AdaptedText(open_clip_text(tower, trainable), embedding, _log_scale(model))
         if is_hf_text_encoder(tower):
             half = hf_text_encoder(tower, trainable)
             return AdaptedText(half, token_embedding(tower.transformer), _log_scale(model))

@@ -80,7 +80,8 @@ class PromptTokenizer:
         return self.words(text) if joint is None else joint
 
     def _row(self, text: str) -> list[int]:
-        ids = self._tokenizer([text], **self._keywords)
+        with torch.device("cpu"):  # whatever the default device: tokenizers make tensors, and we read them
+            ids = self._tokenizer([text], **self._keywords)
         if not isinstance(ids, torch.Tensor):
             ids = ids["input_ids"] if hasattr(ids, "keys") else ids
         return [int(i) for i in ids[0]]

@@ -73,7 +73,7 @@ class TransformersHalf(TextHalf):
         # SigLIP was trained without a padding mask: every text is padded to the full length.
         super().__init__(half, table.shape[1], 0, _context_length(model), cut="siglip" not in kind)
         self.pooling = pooling
-        # A feature of its own: that of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
+        # Its own feature: of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
         self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or "siglip" in kind
         self.checked(table)
 
