@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from ordinal_prompt.arrays import RankNumbers, rank_tensor
 
 RULES = ("expectation", "argmax", "median")
 
 
-def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[float] | None = None) -> Tensor:
+def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None = None) -> Tensor:
     """Predicted rank values.
 
     Args:
@@ -18,7 +18,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
         rule: `"expectation"` Σ p_i v_i, the regressed value of the paper; `"argmax"` the most probable rank;
             `"median"` the smallest rank that at least half of the probability lies at or below, which minimises the
             expected absolute error.
-        values: (K,) value of each rank; default its index.
+        values: (K,) value of each rank; default its index.  A dictionary or a pandas Series gives them by rank, 0…K-1.
 
     Returns:
         (...): float for `"expectation"` and wherever `values` are given, else int64 indices.
@@ -27,7 +27,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
 
     Raises:
         ValueError: unknown rule, logits without ranks, values of another number than ranks.
-        TypeError: logits that are not floating point.
+        TypeError: logits that are not floating point, values that are no numbers.
 
     >>> import torch
     >>> logits = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
@@ -42,7 +42,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
         raise ValueError(f"Expected `logits` of shape (..., K), but got shape {tuple(logits.shape)}.")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if values is not None:
-        values = torch.as_tensor(values, device=logits.device).to(dtype)
+        values = rank_tensor(values, "values").to(dtype).to(logits.device)
         if values.shape != logits.shape[-1:]:
             raise ValueError(
                 f"Expected one value for each of the {logits.shape[-1]} ranks, but got values of shape "
