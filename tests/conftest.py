@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,7 +20,7 @@ from torch import nn
 
 import ordinal_prompt as op
 
-SLOW_MACHINES = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+SLOW_MACHINES: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, database=None, **SLOW_MACHINES)
 settings.register_profile("random", max_examples=1000, print_blob=True, **SLOW_MACHINES)
 settings.load_profile("fixed")
