@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from ordinal_prompt.arrays import RankNumbers, rank_tensor
 
 RULES = ("expectation", "argmax", "median")
 
 
-def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[float] | None = None) -> Tensor:
+def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None = None) -> Tensor:
     """Predicted rank values.
 
     Args:
         logits: (..., K).
         rule: `"expectation"` Σ p_i v_i, the regressed value of the paper; `"argmax"` the most probable rank;
-            `"median"` the smallest rank whose cumulated probability reaches one half, which minimises the expected
-            absolute error.
-        values: (K,) value of each rank; default its index.
+            `"median"` the smallest rank that at least half of the probability lies at or below, which minimises the
+            expected absolute error.
+        values: (K,) value of each rank; default its index.  A dictionary or a pandas Series gives them by rank, 0…K-1.
 
     Returns:
         (...): float for `"expectation"` and wherever `values` are given, else int64 indices.
 
-    Logits with NaN give NaN; where the result is an index, 0 is as good as any.
+    Logits with NaN or +inf give NaN; an index has no NaN, so that it means nothing there.
 
     Raises:
         ValueError: unknown rule, logits without ranks, values of another number than ranks.
-        TypeError: logits that are not floating point.
+        TypeError: logits that are not floating point, values that are no numbers.
 
     >>> import torch
     >>> logits = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
@@ -42,25 +42,31 @@ def decode(logits: Tensor, rule: str = "expectation", values: Tensor | Sequence[
         raise ValueError(f"Expected `logits` of shape (..., K), but got shape {tuple(logits.shape)}.")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if values is not None:
-        values = torch.as_tensor(values, device=logits.device).to(dtype)
+        values = rank_tensor(values, "values").to(dtype).to(logits.device)
         if values.shape != logits.shape[-1:]:
             raise ValueError(
                 f"Expected one value for each of the {logits.shape[-1]} ranks, but got values of shape "
                 f"{tuple(values.shape)}."
             )
-    if rule == "argmax":
-        index = logits.argmax(dim=-1)
-    else:
-        probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
-        if rule == "expectation":
-            if values is None:
-                values = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
-            return (probabilities * values).sum(dim=-1)
-        reached = probabilities.double().cumsum(dim=-1) >= 0.5 - 1e-6  # one half, up to the rounding of the softmax
-        index = reached.int().argmax(dim=-1)
+    if rule == "expectation":
+        if values is None:
+            values = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
+        return (torch.softmax(logits, dim=-1, dtype=dtype) * values).sum(dim=-1)
+    index = logits.argmax(dim=-1) if rule == "argmax" else _median(logits)
     if values is None:
         return index
-    return values[index].masked_fill(logits.isnan().any(dim=-1), torch.nan)
+    return values[index].masked_fill(~logits.amax(dim=-1).isfinite(), torch.nan)
+
+
+def _median(logits: Tensor) -> Tensor:
+    """How many ranks have less probability up to them than above them.
+
+    Both sides are summed from their ends, in float64 and without dividing by the total: equal and symmetric logits then
+    give equal sums, and no tolerance is needed, whatever the precision of the logits.
+    """
+    weights = (logits.double() - logits.double().amax(dim=-1, keepdim=True)).exp()
+    up_to, from_here = weights.cumsum(dim=-1), weights.flip(-1).cumsum(dim=-1).flip(-1)
+    return (up_to[..., :-1] < from_here[..., 1:]).sum(dim=-1)
 
 
 def _kind(value: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ordinal_prompt.arrays import RankNumbers, rank_tensor
+from ordinal_prompt.distributed import gather_batch
 
 TARGET_LOGIT = 10.0  # the published code's sharpness of the target over the batch
 
@@ -19,13 +20,13 @@ def cross_entropy_loss(
 
     Args:
         logits: (B, K).
-        labels: (B,) int64 in 0…K-1.
+        labels: (B,) integers in 0…K-1.
         rank_weights: (K,) weights; the mean over the batch is then weighted by that of each label.
         label_smoothing: share of the target that is spread over all ranks.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = None if rank_weights is None else rank_weights.to(logits)
-    return F.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, labels.long(), weight=weight, label_smoothing=label_smoothing)
 
 
 def kl_loss(logits: Tensor, labels: Tensor, rank_weights: Tensor | None = None) -> Tensor:
@@ -36,11 +37,11 @@ def kl_loss(logits: Tensor, labels: Tensor, rank_weights: Tensor | None = None) 
 
     Args:
         logits: (B, K).
-        labels: (B,) int64 in 0…K-1.
+        labels: (B,) integers in 0…K-1.
         rank_weights: (K,) weights; the mean over the ranks present is then weighted.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    is_rank = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    is_rank = F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
     target = F.log_softmax(TARGET_LOGIT * is_rank, dim=0)
     prediction = F.log_softmax(logits, dim=0)
     divergence = (target.exp() * (target - prediction)).sum(dim=0)
@@ -49,31 +50,6 @@ def kl_loss(logits: Tensor, labels: Tensor, rank_weights: Tensor | None = None) 
         weight = weight * rank_weights.to(logits)
     # The tiny floor only matters where every rank present has weight zero, and the loss is zero.
     return (divergence * weight).sum() / weight.sum().clamp_min(torch.finfo(logits.dtype).tiny)
-
-
-def gather_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all processes, in the order of their ranks; batches may differ in size.
-
-    Gradients flow into this process's own part.
-
-    Args:
-        logits: (B, K).
-        labels: (B,).
-
-    Returns:
-        (ΣB, K) and (ΣB,).
-    """
-    sizes = [torch.zeros(1, dtype=torch.long, device=labels.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(labels)], device=labels.device))
-    counts = [int(size) for size in sizes]
-    missing = max(counts) - len(labels)
-    all_logits = [logits.new_empty(max(counts), logits.shape[1]) for _ in counts]
-    all_labels = [labels.new_empty(max(counts)) for _ in counts]
-    dist.all_gather(all_logits, F.pad(logits.detach(), (0, 0, 0, missing)).contiguous())
-    dist.all_gather(all_labels, F.pad(labels, (0, missing)).contiguous())
-    parts = [part[:count] for part, count in zip(all_logits, counts, strict=True)]
-    parts[dist.get_rank()] = logits
-    return torch.cat(parts), torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)])
 
 
 class OrdinalPromptLoss(nn.Module):
@@ -86,11 +62,12 @@ class OrdinalPromptLoss(nn.Module):
     Args:
         ce_weight: weight of the cross-entropy.
         kl_weight: weight of the KL term; 0 leaves it out.
-        rank_weights: (K,) weights of the ranks in both terms, for instance one over their frequency.
+        rank_weights: (K,) weights of the ranks in both terms, for instance one over their frequency; a dictionary or a
+            pandas Series gives them by rank, 0…K-1, in any order.
         label_smoothing: of the cross-entropy, in [0, 1).
 
     Shapes:
-        logits (B, K) or (..., K); labels (B,) or (...), int64 in 0…K-1; the loss is a scalar, in nats.
+        logits (B, K) or (..., K); labels (B,) or (...), integers in 0…K-1; the loss is a scalar, in nats.
 
     Raises:
         ValueError: weights that are negative or not finite, labels out of range or of another shape, an empty batch.
@@ -111,7 +88,7 @@ class OrdinalPromptLoss(nn.Module):
         self,
         ce_weight: float = 1.0,
         kl_weight: float = 1.0,
-        rank_weights: Tensor | Sequence[float] | None = None,
+        rank_weights: RankNumbers | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -121,7 +98,7 @@ class OrdinalPromptLoss(nn.Module):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected `label_smoothing` in [0, 1), but got {label_smoothing}.")
         if rank_weights is not None:
-            rank_weights = torch.as_tensor(rank_weights, dtype=torch.float32)
+            rank_weights = rank_tensor(rank_weights, "rank_weights").float()
             if rank_weights.dim() != 1 or not bool((rank_weights.isfinite() & (rank_weights >= 0)).all()):
                 raise ValueError("Expected `rank_weights` to be K finite weights, none negative, for K ranks.")
         self.ce_weight = ce_weight

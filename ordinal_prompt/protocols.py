@@ -7,17 +7,18 @@ set stays whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from ordinal_prompt.arrays import Labels, label_tensor
 
-def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Generator | None = None) -> Tensor:
+
+def few_shot_indices(labels: Labels, shots: int, generator: Generator | None = None) -> Tensor:
     """Indices of `shots` random samples per label; all of a label's samples where it has fewer, none twice.
 
     Args:
-        labels: (N,) integers.
+        labels: (N,) integers: a tensor, a list, an array, or a pandas Series, whose index plays no part.
         shots: samples per label, at least 1.
         generator: source of randomness; default torch's global one.
 
@@ -25,7 +26,7 @@ def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Gene
         (≤ shots · number of labels,) int64, ascending.
 
     Raises:
-        ValueError: no labels, labels of another shape, shots below 1.
+        ValueError: no labels, missing labels, labels of another shape, shots below 1.
         TypeError: labels that are not integers.
 
     >>> few_shot_indices([0, 0, 0, 1, 2, 2], shots=2, generator=torch.Generator().manual_seed(0)).tolist()
@@ -39,16 +40,14 @@ def few_shot_indices(labels: Tensor | Sequence[int], shots: int, generator: Gene
     return _keep(labels, dict.fromkeys(labels.unique().tolist(), shots), generator)
 
 
-def label_shift_indices(
-    labels: Tensor | Sequence[int], num_labels: int, keep: float, generator: Generator | None = None
-) -> Tensor:
+def label_shift_indices(labels: Labels, num_labels: int, keep: float, generator: Generator | None = None) -> Tensor:
     """Indices of a training set whose most frequent labels have become rare.
 
     The `num_labels` most frequent labels keep max(⌊n · keep⌋, 1) of their n samples, the others all; of equally
     frequent labels the smaller goes first.
 
     Args:
-        labels: (N,) integers.
+        labels: (N,) integers: a tensor, a list, an array, or a pandas Series, whose index plays no part.
         num_labels: how many labels lose samples (the paper: 10, 20, 30, 40).
         keep: share that they keep, in (0, 1] (the paper: 0.2, 0.1).
         generator: source of randomness; default torch's global one.
@@ -57,8 +56,8 @@ def label_shift_indices(
         (≤ N,) int64, ascending.
 
     Raises:
-        ValueError: no labels, labels of another shape, a number of labels below 0 or above those that occur, a share
-            outside (0, 1].
+        ValueError: no labels, missing labels, labels of another shape, a number of labels below 0 or above those that
+            occur, a share outside (0, 1].
         TypeError: labels that are not integers.
 
     >>> label_shift_indices([0, 0, 0, 0, 1, 2], num_labels=1, keep=0.5, generator=torch.Generator().manual_seed(0))
@@ -86,12 +85,10 @@ def _keep(labels: Tensor, limits: dict[int, int], generator: Generator | None) -
     return torch.cat(kept).sort().values
 
 
-def _labels(labels: Tensor | Sequence[int]) -> Tensor:
-    labels = torch.as_tensor(labels).cpu()
+def _labels(labels: Labels) -> Tensor:
+    labels = label_tensor(labels).cpu()
     if labels.dim() != 1 or len(labels) == 0:
         raise ValueError(
             f"Expected `labels` to be a sequence of at least one label, but got shape {tuple(labels.shape)}."
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
     return labels

@@ -1,17 +1,29 @@
-"""Tiny random open_clip models, and the head that most tests look at."""
+"""Tiny random open_clip models, the head that most tests look at, and what makes every run the same.
+
+Property tests draw the same cases on every machine; `--hypothesis-profile=random` draws others, and more of them.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import open_clip
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 import ordinal_prompt as op
+
+SLOW_MACHINES: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, database=None, **SLOW_MACHINES)
+settings.register_profile("random", max_examples=1000, print_blob=True, **SLOW_MACHINES)
+settings.load_profile("fixed")
 
 VISION = {"layers": 1, "width": 16, "head_width": 16, "patch_size": 16, "image_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -32,14 +44,25 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _independent() -> Iterator[None]:
+    """Each test starts from the same random numbers, and leaves no compiled code for the next."""
     torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")
-def clip() -> open_clip.CLIP:
-    torch.manual_seed(1)
-    return tiny_clip()
+def clip() -> Iterator[open_clip.CLIP]:
+    """One model for all tests, which must leave it as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = tiny_clip()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield model
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from torch import nn
 
 import ordinal_prompt as op
 
-FEATURES = torch.randn(64, 12) * torch.logspace(-6, 4, 64)[:, None]  # raw features of any norm
+FEATURES = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+FEATURES *= torch.logspace(-6, 4, 64)[:, None]  # raw features of any norm
 
 
 def heads(clip: Any) -> dict[str, op.OrdinalPromptHead]:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ordinal_prompt as op
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-@given(st.lists(st.floats(-9, 9), min_size=2, max_size=9), st.integers(0, 3))
-def test_median_minimises_the_expected_absolute_error(logits: list[float], offset: int) -> None:
-    values = [offset + 1.5 * i for i in range(len(logits))]
-    probabilities = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0)
-    errors = [sum(p * abs(v - guess) for p, v in zip(probabilities.tolist(), values, strict=True)) for guess in values]
-    median = op.decode(torch.tensor(logits, dtype=torch.float64), "median", values).item()
-    assert errors[values.index(median)] == pytest.approx(min(errors))
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(logits=st.lists(st.floats(-9, 9), min_size=2, max_size=9), offset=st.integers(0, 3))
+@example(logits=[6.0, 6.0, -7.0], offset=0)  # the first rank falls 6e-7 short of one half
+@example(logits=[0.0, 0.0, -5.0], offset=0)
+@example(logits=[-7.0, 6.0, 6.0], offset=0)
+def test_median_is_the_first_minimiser_of_the_expected_absolute_error(
+    dtype: torch.dtype, logits: list[float], offset: int
+) -> None:
+    """By exact sums of the probabilities that the logits, as rounded to their precision, stand for."""
+    given_logits = torch.tensor(logits, dtype=dtype)
+    weights = [Fraction(weight) for weight in (given_logits.double() - given_logits.double().max()).exp().tolist()]
+    values = [Fraction(offset) + Fraction(3, 2) * i for i in range(len(logits))]
+    errors = [sum(w * abs(v - guess) for w, v in zip(weights, values, strict=True)) for guess in values]
+    median = Fraction(op.decode(given_logits, "median", [*map(float, values)]).item())
+    chosen, least = errors[values.index(median)], min(errors)
+    assert float((chosen - least) / least) < 1e-14  # float64's rounding of two sums of at most 9 terms
+    assert median <= values[errors.index(least)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(half=st.lists(st.floats(-9, 9), min_size=1, max_size=60))
+def test_median_of_symmetric_logits_is_below_the_middle(dtype: torch.dtype, half: list[float]) -> None:
+    logits = torch.tensor([*half, *reversed(half)], dtype=dtype)
+    assert op.decode(logits, "median") == len(half) - 1
 
 
 def test_rules() -> None:
@@ -31,15 +51,21 @@ def test_rules() -> None:
     assert op.decode(torch.randn(2, 3, 5)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("ranks", [82, 94, 164])
-def test_median_of_equal_logits(ranks: int) -> None:
-    assert op.decode(torch.zeros(ranks), "median") == ranks // 2 - 1
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 82, 94, 164, 1001, 10_000])
+def test_median_of_equal_logits(ranks: int, dtype: torch.dtype) -> None:
+    assert op.decode(torch.full((2, ranks), 0.3, dtype=dtype), "median").tolist() == [(ranks - 1) // 2] * 2
+
+
+def test_median_of_large_logits() -> None:
+    assert op.decode(torch.tensor([3e38, 3e38, -3e38]), "median") == 0
+    assert op.decode(torch.tensor([-torch.inf, 1.0, -torch.inf]), "median") == 1
 
 
 def test_nan_is_not_a_prediction() -> None:
-    logits = torch.full((2, 5), float("nan"))
+    logits = torch.tensor([[1.0, torch.nan, 0.0], [1.0, torch.inf, 0.0], [1.0, 0.0, 0.0]])
     for rule in ("expectation", "median", "argmax"):
-        assert op.decode(logits, rule, values=[1, 2, 3, 4, 5]).isnan().all()
+        assert op.decode(logits, rule, values=[1, 2, 3]).isnan().tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize(

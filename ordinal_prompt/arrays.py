@@ -1,0 +1,95 @@
+"""What users hold labels and numbers in: tensors, lists, NumPy arrays, pandas Series.  None of them is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Labels: TypeAlias = "Tensor | Sequence[int] | Any"  # Any: an array or a Series, which the core does not import
+RankNumbers: TypeAlias = "Tensor | Sequence[float] | Mapping[int, float] | Any"
+
+
+def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
+    """Integer labels as int64, in the order given; an index plays no part.
+
+    A tensor stays on its device.  Ordered categories of pandas become their codes.
+
+    Raises:
+        TypeError: labels that are not integers, categories without an order.
+        ValueError: missing labels.
+    """
+    categories = getattr(labels, "cat", labels)  # of a pandas Series; a Categorical has the attributes itself
+    if hasattr(categories, "codes") and hasattr(categories, "ordered"):
+        if not categories.ordered:
+            raise TypeError(
+                f"Expected `{argument}` to be integers or ordered categories, but got categories without an order; "
+                "order them with pandas.CategoricalDtype(names, ordered=True)."
+            )
+        labels = categories.codes
+        if (labels < 0).any():
+            raise ValueError(f"Expected a label in every place of `{argument}`, but some are missing; drop those rows.")
+    tensor = _tensor(labels, argument)
+    if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        raise ValueError(
+            f"Expected a label in every place of `{argument}`, but got NaN for {int(tensor.isnan().sum())} of "
+            f"{tensor.numel()}; drop those rows, then convert the rest to integers."
+        )
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        whole = tensor.is_floating_point() and bool((tensor == tensor.round()).all())
+        hint = " that are whole numbers (pandas makes them so where values were missing)" if whole else ""
+        raise TypeError(f"Expected `{argument}` to be integers, but got {tensor.dtype}{hint}; convert them to int.")
+    return tensor.long()
+
+
+def rank_tensor(numbers: RankNumbers, argument: str) -> Tensor:
+    """One number for each rank, (K,); float64 unless a tensor was given, which is returned as it is.
+
+    A mapping and a pandas Series give the numbers by rank, 0…K-1, in any order; all others give them in rank order.
+
+    Raises:
+        TypeError: what is no number.
+        ValueError: missing numbers; keys or an index other than the ranks 0…K-1.
+    """
+    if isinstance(numbers, Tensor):
+        return numbers
+    ranks: list[Any] | None = None
+    if isinstance(numbers, Mapping):
+        ranks, numbers = list(numbers), list(numbers.values())
+    elif hasattr(numbers, "to_numpy") and not callable(index := getattr(numbers, "index", len)):
+        ranks = index.tolist()
+    tensor = _tensor(numbers, argument, torch.float64)
+    if not torch.compiler.is_compiling() and bool(tensor.isnan().any()):
+        raise ValueError(
+            f"Expected a number for each rank in `{argument}`, but got NaN for {int(tensor.isnan().sum())}."
+        )
+    if ranks is None:
+        return tensor
+    if len(set(ranks)) != len(ranks) or set(ranks) != set(range(len(ranks))):
+        shown = ", ".join(map(repr, ranks[:10])) + (", …" if len(ranks) > 10 else "")
+        raise ValueError(
+            f"Expected `{argument}` for the ranks 0…{len(ranks) - 1}, but got the index {shown}; pass a dictionary "
+            "{rank: number} for all ranks, or a list in rank order."
+        )
+    return tensor[torch.tensor(ranks).argsort()] if ranks else tensor
+
+
+def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tensor:
+    if isinstance(data, Tensor):
+        return data
+    if hasattr(data, "to_numpy"):
+        data = data.to_numpy()
+    kind = getattr(data, "dtype", None)
+    if getattr(kind, "kind", "") in ("M", "m"):  # as plain integers they would be nanoseconds
+        raise TypeError(f"Expected `{argument}` to be numbers, but got {kind}.")
+    if hasattr(data, "tolist"):  # any byte order and stride, and no warning where it may not be written to
+        data = data.tolist()
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        data = list(data)
+    try:
+        return torch.as_tensor(data, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kinds = sorted({type(item).__name__ for item in data}) if isinstance(data, list) else [type(data).__name__]
+        raise TypeError(f"Expected `{argument}` to be numbers, but got {', '.join(kinds)} ({error}).") from None
