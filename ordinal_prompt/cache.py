@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Not public in PyTorch; without them, writing in place through `.data` is not seen.
 _lazy_copy: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
@@ -26,18 +26,23 @@ class Kept:
         result: what is kept.
         sources: lists of the tensors that it was made of.
         learned: those of them that may be written to through `.data`.
+        modules: that made it; a parametrization adds one.
     """
 
-    def __init__(self, result: Tensor, sources: tuple[list[Tensor], ...], learned: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, result: Tensor, sources: tuple[list[Tensor], ...], learned: Iterable[Tensor], modules: list[nn.Module]
+    ) -> None:
         self.result = result
         self.sources = sources
         self.learned = [*learned]
+        self.modules = modules
         self._mark()
 
-    def holds(self, sources: tuple[list[Tensor], ...]) -> bool:
+    def holds(self, sources: tuple[list[Tensor], ...], modules: list[nn.Module]) -> bool:
         """Whether the sources are the same tensors, and none has been written to or moved since."""
         return (
             all(map(_same, sources, self.sources))
+            and _same(modules, self.modules)
             and self._version is not None
             and _sum_of_versions(sources) == self._version
             and [*map(_address, self.learned)] == self._addresses
@@ -52,15 +57,15 @@ class Kept:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are marked anew, where there is still something to keep."""
-        sources = self.sources if self.holds(self.sources) else ([],) * len(self.sources)
-        return {"result": self.result, "sources": sources, "learned": self.learned}
+        holds = self.holds(self.sources, self.modules)
+        return {**self.__dict__, "modules": self.modules if holds else [], "_lazy_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._mark()
 
 
-def _same(before: list[Tensor], now: list[Tensor]) -> bool:
+def _same(before: list[Any], now: list[Any]) -> bool:
     return before is now or (len(before) == len(now) and all(map(operator.is_, before, now)))
 
 
@@ -71,5 +76,5 @@ def _sum_of_versions(sources: tuple[list[Tensor], ...]) -> int:
 
 def _owns_memory(tensor: Tensor) -> bool:
     """Whether nobody else's tensor would move along with this one."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda")
     return plain and not tensor.is_shared() and tensor.untyped_storage().nbytes() == tensor.nbytes

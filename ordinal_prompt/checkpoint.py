@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +25,7 @@ from ordinal_prompt.text.template import PromptText
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
 FORMAT = 2
-LEARNED = frozenset(
-    "prompt.context_embeddings prompt.rank_embeddings rank_values logit_scale projection.weight projection.bias "
-    "alignment residual residual_bias".split()
-)
+LEARNED = ("context_embeddings", "rank_embeddings", "rank_values", "logit_scale", "projection", "alignment", "residual")
 # Other weights give other prototypes; other hardware differs in the last bits.
 PROTOTYPE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -95,7 +93,8 @@ def save(
     from safetensors.torch import save_file
 
     check_finite(**state_dict)
-    foreign = [name for name in state_dict if name not in LEARNED and not name.startswith("text_encoder.")]
+    known = re.compile(rf"text_encoder\..+|(prompt\.)?({'|'.join(LEARNED)})(\.weight|\.bias|_bias)?")
+    foreign = [name for name in state_dict if not known.fullmatch(name)]
     if foreign:
         raise ValueError(
             f"Cannot save a head with tensors of an adapter or a reparametrization ({', '.join(foreign)}); make them "

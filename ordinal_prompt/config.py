@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ordinal_prompt.arrays import rank_tensor
 from ordinal_prompt.interpolation import INTERPOLATIONS
 
 RANK_POSITIONS = ("tail", "front", "middle")
@@ -215,7 +216,8 @@ def _listed(values: Any) -> Any:
 def _values(given: Any, num_ranks: int) -> tuple[float, ...]:
     if given is None:
         return tuple(map(float, range(num_ranks)))
-    values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+    with torch.device("cpu"):
+        values = rank_tensor(given, "rank_values").detach().to("cpu", torch.float64)
     told = f"Expected {num_ranks} `rank_values` for {num_ranks} ranks, but got shape {tuple(values.shape)}."
     _require(values.shape == (num_ranks,), told)
     _require(bool(values.isfinite().all()), "Expected finite `rank_values`, but got NaN or infinity.")

@@ -101,11 +101,13 @@ class RankPrototypes(nn.Module):
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
-        self._kept = Kept(prototypes, self._sources(), self.prompt.parameters())
+        # Reading a guarded tensor may count as writing: not where nothing could be computed anew.
+        guarded = () if self.text_encoder is None else self.prompt.parameters()
+        self._kept = Kept(prototypes, self._sources(), guarded, [*self.prompt.modules()])
 
     def _cached(self) -> Tensor:
         """The prototypes without gradients; computed where there are none that hold."""
-        if self._kept is not None and self._kept.holds(self._sources()):
+        if self._kept is not None and self._kept.holds(self._sources(), [*self.prompt.modules()]):
             return self._kept.result
         # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
         with (

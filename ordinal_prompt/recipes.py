@@ -1,20 +1,18 @@
 """The recipe that we recommend, where it departs from the paper, and why.
 
-The paper's settings are the defaults of `OrdinalPromptHead` and `OrdinalPromptLoss`.  On frozen features of texts these
-settings did better, with few labels and with many (`examples/RESULTS.md` has the tables, how the settings were found,
-and what to doubt):
+The paper's settings are the defaults of `OrdinalPromptHead`.  On frozen features of texts these settings did better,
+with few labels and with many (`benchmarks/heads/RESULTS.md` has the tables, how the settings were found, and what to
+doubt):
 
 - rank names, where there are any, start rank embeddings of their own instead of three shared bases, whose mixtures are
   nearly the same text; ranks without names stay interpolated;
-- names are hypotheses: their similarities start at a third of their usual weight (`confidence`), and that weight is
-  learned.  Where the features agree with the names it grows within a few steps; where they do not, a head that starts
-  at full weight stays behind a linear one;
+- the names weigh a third of what they usually do at the start (`confidence`), and that weight is learned: it grows
+  within a few steps where the features agree with the names, and names that mean little cost little;
 - a linear map near the identity between features and prototypes (`alignment`) and a linear layer beside them
-  (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head; the
-  layer's bias learns how frequent the ranks are;
-- prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; not to let them
-  learn at all (`head.prompt.requires_grad_(False)`) costs next to nothing in error, and spares the text pass.  The
-  weight of the names and the bias, K + 1 numbers, learn ten times faster;
+  (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head;
+- prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; with frozen
+  prompts the error is nearly the same, and there is no text pass.  The weight of the names and the bias, K + 1 numbers,
+  learn ten times faster;
 - cross-entropy alone: the text-to-image term balances the ranks, which costs mean absolute error.
 """
 
@@ -35,15 +33,20 @@ SCALE_LR_SCALE = 10.0
 
 
 def recipe(ranks: int | Sequence[str], prompts: str = "learned") -> dict[str, Any]:
-    """Options of `OrdinalPromptHead` that we recommend; train with `parameter_groups` and
-    `OrdinalPromptLoss(kl_weight=0)`.
+    """Options of `OrdinalPromptHead` that we recommend; `head.loss()` and `parameter_groups` follow them.
 
     Args:
         ranks: the number of ranks, or their names, as for the head.
+        prompts: `"learned"`, or `"frozen"`: nearly the same error, and a training step costs what a linear head's does.
+
+    Raises:
+        ValueError: `prompts` that are neither.
 
     >>> recipe(["bad", "fair", "good"])["interpolation"], recipe(101)["interpolation"]
     (None, 'linear')
     """
+    if prompts not in ("learned", "frozen"):
+        raise ValueError(f"Expected `prompts` to be 'learned' or 'frozen', but got {prompts!r}.")
     return {
         "interpolation": "linear" if hasattr(ranks, "__index__") else None,  # numbers of NumPy and torch, too
         "alignment": ALIGNMENT,
@@ -61,15 +64,14 @@ def parameter_groups(
     prompt_lr_scale: float = PROMPT_LR_SCALE,
     scale_lr_scale: float = SCALE_LR_SCALE,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which prompts learn more slowly than the rest, and the few single numbers of
-    a prompt head faster.
+    """Parameter groups for an optimizer: prompts learn more slowly than the rest, the single numbers of a head faster.
 
     Args:
         model: a model that holds prompt heads, or a head.
         lr: learning rate of everything else that takes gradients, a trainable text encoder included.
         prompt_lr_scale: the prompts' share of it.  They take no weight decay, which would pull them away from words.
         scale_lr_scale: the share of `logit_scale` and of the residual's bias, where they learn, without weight decay.
-            Meant for optimizers with normalized steps (Adam and its kin); pass 1 for SGD.
+            Meant for Adam-style optimizers, whose steps are normalized; pass 1 for SGD.
 
     Raises:
         ValueError: no prompt head in the model.
@@ -80,7 +82,7 @@ def parameter_groups(
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
     prompts = {parameter for head in heads for parameter in head.prompt.parameters()}
-    scales = {parameter for head in heads for parameter in (head.logit_scale, head.residual_bias)} - {None}
+    scales = {tensor for head in heads for tensor in (head.logit_scale, head.residual_bias)}
     groups: list[dict[str, Any]] = [
         {"params": [], "lr": lr},
         {"params": [], "lr": lr * prompt_lr_scale, "weight_decay": 0.0},

@@ -179,3 +179,24 @@ def test_a_failed_save_leaves_the_old_one(
 def test_a_large_head_is_under_a_megabyte(tmp_path: Path) -> None:
     op.OrdinalPromptHead(tiny_clip(embed_dim=512, width=512, heads=8), 101).save_pretrained(tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_000_000
+
+
+RELEASE = Path(__file__).parent / "data" / "release_0_1_0"
+
+
+@pytest.mark.parametrize("name", ["paper", "recipe"])
+def test_heads_of_the_first_release_load(name: str) -> None:
+    """Saved by release 0.1.0, with the logits that it gave; `text_encoder` is the tiny CLIP that they were made on."""
+    from safetensors.torch import load_file
+
+    expected = load_file(RELEASE / name / "expected.safetensors")
+    clip = tiny_clip()
+    clip.load_state_dict({**clip.state_dict(), **load_file(RELEASE / "text_encoder.safetensors")})
+    for text_encoder in (clip, False):
+        head = op.OrdinalPromptHead.from_pretrained(RELEASE / name, text_encoder)
+        torch.testing.assert_close(head(expected["features"]), expected["logits"])
+        torch.testing.assert_close(head.export()(expected["features"]), expected["logits"])
+    assert head.rank_names == (("bad", "fair", "good", "excellent") if name == "recipe" else tuple("01234"))
+    state = load_file(RELEASE / name / WEIGHTS_FILE)
+    del state["special"], state["prototypes"]
+    head.load_state_dict(state, strict=True)

@@ -27,7 +27,7 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         ({"ranks": ["bad", 2]}, TypeError, r"to hold strings, but got 2 \(int\)"),
         ({"rank_values": [1, 2, 3]}, ValueError, r"5 `rank_values` for 5 ranks, but got shape \(3,\)"),
         ({"rank_values": [1, 2, 2, 3, 4]}, ValueError, "strictly increasing `rank_values`"),
-        ({"rank_values": [1, 2, 3, 4, float("nan")]}, ValueError, "finite `rank_values`"),
+        ({"rank_values": [1, 2, 3, 4, float("nan")]}, ValueError, "each rank in `rank_values`, but got NaN"),
         (
             {"context": 80},
             ValueError,

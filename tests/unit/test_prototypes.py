@@ -1,0 +1,334 @@
+"""Prototypes are kept only as long as they are right, whatever PyTorch and other packages do to the head."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_clip
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import ordinal_prompt as op
+
+FEATURES = torch.linspace(-1, 1, 36).reshape(3, 12)
+
+
+def computed_anew(head: op.OrdinalPromptHead) -> Tensor:
+    """The slow and obvious way: nothing is kept."""
+    with torch.no_grad():
+        features = head.text_encoder.encode(head.prompt())
+    return nn.functional.normalize(features, dim=-1)
+
+
+def in_place(head: op.OrdinalPromptHead) -> None:
+    with torch.no_grad():
+        head.prompt.context_embeddings.normal_()
+
+
+def through_data(head: op.OrdinalPromptHead) -> None:
+    head.prompt.rank_embeddings.data.mul_(-3)
+
+
+def by_assigning_data(head: op.OrdinalPromptHead) -> None:
+    head.prompt.rank_embeddings.data = torch.randn_like(head.prompt.rank_embeddings)
+
+
+def by_an_optimizer(head: op.OrdinalPromptHead) -> None:
+    parameter = head.prompt.rank_embeddings
+    parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW([parameter], lr=1).step()
+
+
+def by_loading(head: op.OrdinalPromptHead) -> None:
+    state = {name: torch.randn_like(value) for name, value in head.state_dict().items() if "embeddings" in name}
+    head.load_state_dict({**head.state_dict(), **state})
+
+
+def by_assigning_what_is_loaded(head: op.OrdinalPromptHead) -> None:
+    state = {name: torch.randn_like(value) for name, value in head.state_dict().items() if "embeddings" in name}
+    head.load_state_dict({**head.state_dict(), **state}, assign=True)
+
+
+def by_a_new_parameter(head: op.OrdinalPromptHead) -> None:
+    head.prompt.rank_embeddings = nn.Parameter(torch.randn_like(head.prompt.rank_embeddings))
+
+
+def by_pruning(head: op.OrdinalPromptHead) -> None:
+    prune.l1_unstructured(head.prompt, "rank_embeddings", 0.5)
+
+
+class _Twisted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1)
+
+
+def by_a_parametrization(head: op.OrdinalPromptHead) -> None:
+    parametrize.register_parametrization(head.prompt, "rank_embeddings", _Twisted())
+
+
+def of_the_text_encoder(head: op.OrdinalPromptHead) -> None:
+    with torch.no_grad():
+        head.text_encoder.tower.ln_final.weight.mul_(torch.linspace(-1, 1, 16))
+
+
+CHANGES: list[Callable[[op.OrdinalPromptHead], None]] = [
+    in_place, through_data, by_assigning_data, by_an_optimizer, by_loading, by_assigning_what_is_loaded,
+    by_a_new_parameter, by_pruning, by_a_parametrization, of_the_text_encoder,
+]  # fmt: skip
+
+
+@pytest.fixture
+def head() -> op.OrdinalPromptHead:
+    return op.OrdinalPromptHead(tiny_clip(), 5, context=4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_changes_are_seen(change: Callable[[Any], None], frozen: bool, head: op.OrdinalPromptHead) -> None:
+    head.train(frozen).prompt.requires_grad_(not frozen)  # in eval mode, or frozen prompts in training
+    for _ in range(2):  # the second change is not the first
+        before = head.prototypes().detach().clone()
+        assert head.prototypes().data_ptr() == head.prototypes().data_ptr()
+        change(head)
+        if frozen:
+            head.prompt.requires_grad_(False)
+        torch.testing.assert_close(head.prototypes(), computed_anew(head))
+        assert (head.prototypes() - before).abs().max() > 1e-4
+
+
+def test_changes_below_a_reparametrization_are_seen(head: op.OrdinalPromptHead) -> None:
+    by_pruning(head.eval())
+    before = head.prototypes()
+    with torch.no_grad():
+        head.prompt.rank_embeddings_orig.normal_()
+    torch.testing.assert_close(head.prototypes(), computed_anew(head))
+    assert (head.prototypes() - before).abs().max() > 1e-4
+    head.train()(FEATURES).sum().backward()
+    assert head.prompt.rank_embeddings_orig.grad is not None
+    torch.testing.assert_close(head.prototypes_at([0, 2, 4]), head.prototypes()[[0, 2, 4]])
+
+
+def test_a_reparametrized_prompt_is_not_saved(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    by_pruning(head)
+    with pytest.raises(ValueError, match=r"reparametrization \(prompt.rank_embeddings_orig.*prune.remove"):
+        head.save_pretrained(tmp_path)
+    prune.remove(head.prompt, "rank_embeddings")
+    head.save_pretrained(tmp_path)
+    assert torch.equal(op.OrdinalPromptHead.from_pretrained(tmp_path).prototypes(), head.eval().prototypes())
+
+
+def test_weights_that_change_under_the_head_change_all_of_it(tmp_path: Path) -> None:
+    clip = tiny_clip()
+    head = op.OrdinalPromptHead(clip, 5).eval()
+    before = head(FEATURES)
+    clip.load_state_dict(tiny_clip().state_dict())
+    assert (head(FEATURES) - before).abs().max() > 1e-2
+    torch.testing.assert_close(head.export()(FEATURES), head(FEATURES))
+    head.save_pretrained(tmp_path)
+    again = op.OrdinalPromptHead.from_pretrained(tmp_path, clip)
+    torch.testing.assert_close(again(FEATURES), head(FEATURES))
+
+
+def test_what_is_learned_in_inference_mode_is_not_kept(head: op.OrdinalPromptHead) -> None:
+    with torch.inference_mode():
+        inside = op.OrdinalPromptHead(tiny_clip(), 5).eval()
+        before = inside(FEATURES)
+        inside.prompt.rank_embeddings.normal_()
+        assert (inside(FEATURES) - before).abs().max() > 1e-3
+        head.eval()(FEATURES)
+    head.train()(FEATURES).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+
+def test_copies_share_the_text_encoder_and_go_their_own_way(head: op.OrdinalPromptHead) -> None:
+    expected = head.eval()(FEATURES)
+    twin = copy.deepcopy(head)
+    assert twin.text_encoder is head.text_encoder
+    assert torch.equal(twin(FEATURES), expected)
+    for mine, theirs in zip(twin.prompt.parameters(), head.prompt.parameters(), strict=True):
+        mine.data.lerp_(torch.randn_like(theirs), 0.5)  # as exponential moving averages do
+    torch.testing.assert_close(twin.prototypes(), computed_anew(twin))
+    assert (twin(FEATURES) - expected).abs().max() > 1e-3
+    assert torch.equal(head(FEATURES), expected)
+    twin.double()
+    assert head.text_encoder.tower.ln_final.weight.dtype == torch.float32
+    assert torch.equal(head(FEATURES), expected)
+    restored = pickle.loads(pickle.dumps(head))
+    assert torch.equal(restored(FEATURES), expected)
+
+
+def test_averaged_models_share_it_too(head: op.OrdinalPromptHead) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(head))
+    averaged.update_parameters(nn.Sequential(head))
+    in_place(head)
+    averaged.update_parameters(nn.Sequential(head))
+    inner = averaged.eval().module[0]
+    assert inner.text_encoder is head.text_encoder
+    torch.testing.assert_close(inner.prototypes(), computed_anew(inner))
+
+
+def test_a_copy_of_prototypes_alone_keeps_them(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    head.eval().save_pretrained(tmp_path)
+    alone = op.OrdinalPromptHead.from_pretrained(tmp_path)
+    for again in (copy.deepcopy(alone), pickle.loads(pickle.dumps(alone))):
+        assert torch.equal(again(FEATURES), alone(FEATURES))
+        in_place(again)
+        for stale in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+            with pytest.raises(RuntimeError, match="no text encoder"):
+                stale(FEATURES)
+
+
+def test_heads_in_shared_memory(head: op.OrdinalPromptHead) -> None:
+    head.eval()(FEATURES)
+    head.share_memory()
+    in_place(head)
+    torch.testing.assert_close(head.prototypes(), computed_anew(head))
+
+
+def test_data_parallel_is_refused(head: op.OrdinalPromptHead) -> None:
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel cannot train .* DistributedDataParallel .*torchrun"):
+        nn.Sequential(head)[0]._replicate_for_data_parallel()
+
+
+def test_a_scale_that_does_not_learn_is_left_alone_by_unfreezing(head: op.OrdinalPromptHead) -> None:
+    assert "logit_scale" not in dict(nn.Sequential(head).requires_grad_(True)[0].named_parameters())
+    learned = op.OrdinalPromptHead(tiny_clip(), 5, learn_logit_scale=True)
+    assert "logit_scale" in dict(learned.named_parameters())
+    learned.load_state_dict(op.OrdinalPromptHead(tiny_clip(), 5).state_dict())
+    head.load_state_dict({**head.state_dict(), "logit_scale": learned.state_dict()["logit_scale"]})
+
+
+# -------------------------------------------------------------------------------------------------------- meta device
+
+
+def test_forward_on_the_meta_device() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5, device="meta")
+    for mode in (True, False, False):
+        assert head.train(mode)(FEATURES.to("meta")).is_meta
+    assert op.OrdinalPromptHead(tiny_clip().to("meta"), 5).eval().export()[1].weight.is_meta
+
+
+def test_building_under_a_default_device() -> None:
+    clip, tokenizer = tiny_clip(), open_clip.get_tokenizer("ViT-B-32")
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": "a {} one", "rank_values": [1, 2, 4]}
+    with torch.device("meta"):
+        real = op.OrdinalPromptHead(clip, ["a", "b", "c"], **options)
+        assert op.OrdinalPromptHead(tiny_clip().to("meta"), ["a", "b", "c"], **options)(FEATURES.to("meta")).is_meta
+    assert torch.equal(real.prototypes(), op.OrdinalPromptHead(clip, ["a", "b", "c"], **options).prototypes())
+
+
+def test_memory_without_weights_is_no_text_encoder() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5, device="meta").to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="came from the meta device"):
+        head.eval()(FEATURES)
+
+
+# ------------------------------------------------------------------------------------------------ graphs and transforms
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_head_sees_changes_without_compiling_again(backend: str, frozen: bool) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(backend)
+    head = op.OrdinalPromptHead(tiny_clip(), 5, in_features=12, learn_prompts=not frozen).train(frozen)
+    compiled = torch.compile(head, fullgraph=True, backend=counter)
+    for change in (in_place, through_data, by_loading, in_place):
+        features = FEATURES.clone().requires_grad_()
+        logits = compiled(features)
+        torch.testing.assert_close(logits, head(features))
+        logits.sum().backward()
+        assert features.grad is not None
+        change(head)
+    assert counter.frame_count == 1
+
+
+def test_compiled_training_reaches_the_prompts(head: op.OrdinalPromptHead) -> None:
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        logits = compiled(FEATURES)
+        torch.testing.assert_close(logits, head(FEATURES))
+        logits.sum().backward()
+        assert head.prompt.rank_embeddings.grad is not None
+        in_place(head)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_torch_export(warm: bool, head: op.OrdinalPromptHead) -> None:
+    head.eval()
+    if warm:
+        head(FEATURES)
+    program = torch.export.export(head, (FEATURES,))
+    torch.testing.assert_close(program.module()(FEATURES), head(FEATURES))
+    assert "ordinal_prompt" not in str(program.graph)  # runs where this package is not installed
+
+
+def test_vmap_over_an_ensemble(head: op.OrdinalPromptHead) -> None:
+    heads = [copy.deepcopy(head).eval() for _ in range(3)]
+    for member in heads:
+        in_place(member)
+        member(FEATURES)
+    parameters, buffers = torch.func.stack_module_state(heads)
+    base = copy.deepcopy(heads[0])
+    base(FEATURES)
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(base, (parameters, buffers), (FEATURES,))
+
+    stacked = torch.vmap(run)(parameters, buffers)
+    for logits, member in zip(stacked, heads, strict=True):
+        torch.testing.assert_close(logits, member(FEATURES), rtol=1e-4, atol=1e-4)
+    assert torch.equal(base(FEATURES), heads[0](FEATURES))
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def _process(rank: int, folder: str) -> None:
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    frozen = op.OrdinalPromptHead(tiny_clip(), 5, in_features=12, learn_prompts=False)
+    learned = op.OrdinalPromptHead(tiny_clip(), 5, context=4)
+    labels = torch.tensor([[0, 3], [4, 1]])[rank]
+    features = torch.randn(2, 2, 12)[rank]
+    text_passes: list[int] = []
+    encode = frozen.text_encoder.encode
+
+    def counted(prompts: Any) -> Tensor:
+        text_passes.append(1)
+        return encode(prompts)
+
+    frozen.text_encoder.encode = counted
+    for head in (frozen, learned):
+        run = nn.parallel.DistributedDataParallel(head)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            head.loss()(run(features), labels).backward()
+            optimizer.step()
+        sent = {name for name, _ in run.module.named_buffers()}
+        assert sent == {"rank_values", "logit_scale"}, sent  # nothing of the frozen encoder or its words
+    assert len(text_passes) == 1  # frozen prompts are encoded once, not in every step
+    torch.save(learned.state_dict(), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_send_nothing_of_the_text_encoder(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
