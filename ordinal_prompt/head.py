@@ -27,13 +27,11 @@ LOGIT_SPREAD = 10.0
 
 
 class OrdinalPromptHead(RankPrototypes):
-    """A classification head over K ordered ranks whose weights a text encoder writes.
+    """A classification head over K ordered ranks whose weights a text encoder writes (Li et al., NeurIPS 2022).
 
     Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
     ranks.  A frozen text encoder turns the prompts into K unit-norm prototypes; the logits are the scaled cosines of a
     feature to them.  After training, `export()` leaves plain layers.
-
-    Source: Li et al., OrdinalCLIP, NeurIPS 2022.
 
     Args:
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
@@ -73,16 +71,13 @@ class OrdinalPromptHead(RankPrototypes):
         device, dtype: of what is learned; default the text encoder's device, and float32 or wider.
 
     Attributes:
-        config: the options.
         prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
         logit_scale: () log of the factor on the cosines; a parameter where it learns, else a buffer.
-        rank_values: (K,) value of each rank.
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment, residual, residual_bias: (D, D), (K, D) and (K,) what the options of these names learn, or None.
         text_encoder: the text half; a frozen one is in no parameter list and no state dict, and shared by copies.
 
-    Raises:
-        ValueError, TypeError: arguments that do not fit, saying what does.
+    Raises ValueError or TypeError where arguments do not fit, saying what does.
 
     >>> import open_clip, torch
     >>> text = open_clip.transformer.TextTransformer(width=16, heads=2, layers=1, output_dim=16)
@@ -141,7 +136,7 @@ class OrdinalPromptHead(RankPrototypes):
     def _assemble(
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
     ) -> None:
-        """Puts the parts together; the constructor and `from_pretrained` differ in where these come from."""
+        """Puts the parts together, for the constructor and for `from_pretrained`."""
         super().__init__(prompt, text_encoder, embed_dim, config.freeze_text_encoder or text_encoder is None)
         self.config = config
         self.in_features = config.in_features or embed_dim
@@ -171,8 +166,7 @@ class OrdinalPromptHead(RankPrototypes):
         Args:
             model_name: as in `open_clip.list_models()`, or an `hf-hub:` or `local-dir:` name.
             pretrained: a tag as in `open_clip.list_pretrained()`, or the path of a checkpoint; None for random weights.
-            ranks: see `OrdinalPromptHead`.
-            **options: the keyword arguments of `OrdinalPromptHead`.
+            ranks, options: see `OrdinalPromptHead`.
 
         Raises:
             ValueError: unknown model or pretrained tag, with near matches.
@@ -189,14 +183,9 @@ class OrdinalPromptHead(RankPrototypes):
         return self.config.rank_names or tuple(repr(value).removesuffix(".0") for value in self.config.values)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (..., K) over the ranks, at least float32, also under autocast.
+        """Logits (..., K) of features (..., in_features), at least float32, also under autocast.
 
-        Args:
-            features: (..., in_features), of any floating point type.
-
-        Raises:
-            ValueError: features of another width, or a scalar.
-            TypeError: features that are not floating point.
+        Raises ValueError for features of another width, TypeError for those that are not floating point.
         """
         check_features(features, self.in_features, self.projection is not None)
         weight, bias = self._linear_map()
@@ -231,9 +220,7 @@ class OrdinalPromptHead(RankPrototypes):
 
         Returns:
             Weight (K, D) = exp(logit_scale) · prototypes (with alignment and residual, if any): a `PrototypeLinear`, or
-            with `normalize=False` exactly `nn.Linear`.
-
-        Raises ValueError where learned tensors are not finite.
+            with `normalize=False` exactly `nn.Linear`.  Raises ValueError where learned tensors are not finite.
         """
         weight, offset = self._exported_map()
         if bias and offset is None:
@@ -247,9 +234,8 @@ class OrdinalPromptHead(RankPrototypes):
         Returns:
             One `nn.Linear` where the head is one linear map (`normalize=False`), else an `nn.Sequential` of the
             projection (if any), `nn.RMSNorm` and `nn.Linear`, of the head's precision.  Equal to the head on any input
-            of that precision (features shorter than 1e-10 count as zero).
-
-        Raises ValueError where learned tensors are not finite.
+            of that precision (features shorter than 1e-10 count as zero).  Raises ValueError where learned tensors are
+            not finite.
         """
         projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
         layers = stock_layers(*self._exported_map(), projection, self.normalize)
@@ -261,17 +247,15 @@ class OrdinalPromptHead(RankPrototypes):
         Files are written atomically: what was there stays whole until the new one is.  Raises ValueError where learned
         tensors are not finite, or prompts reparametrized (as by pruning).
         """
-        with torch.no_grad():
-            parts = (self.state_dict(), self.prototypes(), self.text_encoder)
-        checkpoint.save(Path(folder), self.config, self.prompt, *parts, self._source)
+        parts = (self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
+        checkpoint.save(Path(folder), self.config, *parts)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, text_encoder: Any = None) -> OrdinalPromptHead:
         """Loads what `save_pretrained` saved, in eval mode.
 
         Args:
-            folder: where it was saved.
-            text_encoder: the text encoder that the head was trained with; one saved as trainable takes on the weights
+            text_encoder: the one that the head was trained with; if it was saved as trainable, it takes on the weights
                 that were saved.  Without it, open_clip loads the model that `from_open_clip` named.  A head on any
                 other text encoder, or with `text_encoder=False`, comes back with its prototypes alone (`text_encoder`
                 is None): it predicts and exports, but its prompts learn no more.

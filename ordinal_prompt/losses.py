@@ -107,9 +107,9 @@ class OrdinalPromptLoss(nn.Module):
         self.register_buffer("rank_weights", rank_weights, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        terms = self.terms(logits, labels)
-        loss = self.ce_weight * terms["ce"]
-        return loss + self.kl_weight * terms["kl"] if self.kl_weight else loss
+        logits, labels = self._check(logits, labels)
+        loss = self.ce_weight * cross_entropy_loss(logits, labels, self.rank_weights, self.label_smoothing)
+        return loss + self.kl_weight * self._kl(logits, labels) if self.kl_weight else loss
 
     def terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The two terms, before their weights: `{"ce": scalar, "kl": scalar}`."""
