@@ -30,8 +30,8 @@ class OrdinalPromptHead(RankPrototypes):
     """A classification head over K ordered ranks whose weights a text encoder writes (Li et al., NeurIPS 2022).
 
     Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
-    ranks.  A frozen text encoder turns the prompts into K unit-norm prototypes; the logits are the scaled cosines of a
-    feature to them.  After training, `export()` leaves plain layers.
+    ranks.  A frozen text encoder turns them into K unit-norm prototypes; the logits are the scaled cosines of a feature
+    to these.  After training, `export()` leaves plain layers.
 
     Args:
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
@@ -76,7 +76,6 @@ class OrdinalPromptHead(RankPrototypes):
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment, residual, residual_bias: (D, D), (K, D) and (K,) what the options of these names learn, or None.
         text_encoder: the text half; a frozen one is in no parameter list and no state dict, and shared by copies.
-
     Raises ValueError or TypeError where arguments do not fit, saying what does.
 
     >>> import open_clip, torch
