@@ -1,0 +1,70 @@
+"""What a head is compared on: features and labels of three parts, and what the ranks are called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Features with ordered labels.
+
+    Attributes:
+        name: of the data.
+        features: (N, D) float32 of train, val and test.
+        labels: (N,) int64 in 0…K-1 of the same parts.
+        rank_values: (K,) values of the ranks, in the unit of the errors.
+        rank_names: K names, lowest first, or None.
+        context: a text that leads up to a rank's name, or None for random tokens.
+        text_encoder: gives the model and tokenizer for heads with prompts, loaded at the first call; None where there
+            is none.
+    """
+
+    name: str
+    features: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    rank_values: Tensor
+    rank_names: tuple[str, ...] | None = None
+    context: str | None = None
+    text_encoder: Callable[[], tuple[Any, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank_names is not None and len(self.rank_names) != self.num_ranks:
+            raise ValueError(
+                f"{self.name}: {len(self.rank_names)} rank names were given for {self.num_ranks} ranks; give one each."
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """K."""
+        return len(self.rank_values)
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.features["train"].shape[1]
+
+    def digest(self) -> str:
+        """A hash of features and labels, so that runs on other data are not taken for runs on these."""
+        digest = hashlib.sha256()
+        for part in PARTS:
+            digest.update(self.features[part].numpy().tobytes())
+            digest.update(self.labels[part].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> Task:
+        """The same task with features, labels and values on a device."""
+        return replace(
+            self,
+            features={part: features.to(device) for part, features in self.features.items()},
+            labels={part: labels.to(device) for part, labels in self.labels.items()},
+            rank_values=self.rank_values.to(device),
+        )
