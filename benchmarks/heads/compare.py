@@ -153,8 +153,8 @@ def compare(
         start = time.perf_counter()
         try:
             result = run(HEADS[head], task, indices, seed, budget)
-        except UnfitError as reason:
-            unfit[head] = str(reason)
+        except UnfitError as error:
+            unfit[head] = str(error)
         else:
             seconds = round(time.perf_counter() - start, 2)
             records.add({**key, **result, "samples": len(indices), "seconds": seconds})

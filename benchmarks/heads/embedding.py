@@ -50,7 +50,8 @@ def cached(name: str, content: Iterable[str], compute: Callable[[], Tensor]) -> 
     """What `compute` returns, kept in a file whose name holds a hash of the content."""
     path = CACHE / f"{name}-{hashlib.sha256(chr(31).join(content).encode()).hexdigest()[:16]}.pt"
     if path.is_file():
-        return torch.load(path, weights_only=True)
+        stored: Tensor = torch.load(path, weights_only=True)
+        return stored
     features = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
