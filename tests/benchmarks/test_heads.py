@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 import ordinal_prompt as op
 
 pytest.importorskip("coral_pytorch")
 pytest.importorskip("dlordinal")
-stats = pytest.importorskip("scipy.stats")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "heads"))
 
@@ -135,7 +135,7 @@ def test_rate_and_step_are_chosen_without_the_test_part() -> None:
 
 def test_an_estimator_is_fitted_once_on_the_training_subset() -> None:
     labels = {part: torch.arange(24) % K for part in PARTS}
-    given = {part: F_one_hot(y) for part, y in labels.items()}
+    given = {part: one_hot(y) for part, y in labels.items()}
     seen = []
 
     def perfect(_: task.Task) -> protocol.Estimator:
@@ -148,7 +148,7 @@ def test_an_estimator_is_fitted_once_on_the_training_subset() -> None:
     assert (result["mae"], result["val_mae"], result["accuracy"], result["kappa"]) == (0, 0, 1, 1)
 
 
-def F_one_hot(labels: torch.Tensor) -> torch.Tensor:  # noqa: N802
+def one_hot(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.one_hot(labels, K).float()
 
 
@@ -172,7 +172,7 @@ def test_metrics_agree_with_decode_and_scikit_learn() -> None:
 
 def test_kappa_counts_the_distance_of_ranks_that_do_not_occur() -> None:
     labels, predicted = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 3])  # rank 2 is missing
-    kappa = protocol.evaluate(F_one_hot(predicted), labels, torch.arange(4.0))["kappa"]
+    kappa = protocol.evaluate(one_hot(predicted), labels, torch.arange(4.0))["kappa"]
     chance = sum((int(a) - int(b)) ** 2 for a in labels for b in predicted) / 16
     assert kappa == pytest.approx(1 - 0.25 / chance)
 
