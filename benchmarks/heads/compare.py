@@ -38,72 +38,34 @@ SHOTS = ("1", "2", "4", "8", "16", "32", "64", "all")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    default = Budget()
     parser = argparse.ArgumentParser(description="Compare ordinal heads on cached features.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=DATA_SETS, default="words", help="default: %(default)s")
-    data.add_argument("--folder", metavar="DIR", help="of train.csv, dev.csv and test.csv with columns text and label")
-    data.add_argument(
-        "--features", metavar="NPZ", help="file with x_train, y_train, x_val, y_val, x_test, y_test (and rank_values)"
-    )
-    data.add_argument("--rank-names", nargs="+", metavar="NAME", help="names of the ranks, lowest first")
-    data.add_argument("--context", help="text that leads up to a rank's name (default: the data's own, or none)")
-    data.add_argument(
-        "--text-encoder",
-        default="minilm",
-        metavar="NAME",
-        help="for the prompts: minilm, open_clip:MODEL[:PRETRAINED], or a folder or name of transformers "
-        "(default: %(default)s)",
-    )
-
-    what = parser.add_argument_group("what to compare")
-    what.add_argument(
-        "--heads", nargs="+", metavar="HEAD", choices=HEADS, default=[*HEADS], help=f"some of: {', '.join(HEADS)}"
-    )
-    what.add_argument(
-        "--shots", nargs="*", metavar="N", default=SHOTS, help=f"training samples per rank (default: {' '.join(SHOTS)})"
-    )
-    what.add_argument(
-        "--shift",
-        nargs="*",
-        metavar="RANKS:SHARE",
-        help="label shifts: the most frequent ranks keep a share of their samples (default: a quarter and half of the "
-        "ranks keep 0.1)",
-    )
-    what.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=range(5), help="default: 0 1 2 3 4")
-    what.add_argument(
-        "--ours",
-        nargs="+",
-        metavar="HEAD",
-        choices=HEADS,
-        help="heads to set against linear, CORAL and CORN (default: those named ours)",
-    )
-
-    budget = parser.add_argument_group("budget, the same for every head")
-    budget.add_argument("--lr", nargs="+", type=float, metavar="RATE", default=default.learning_rates)
-    budget.add_argument("--steps", type=int, default=default.steps, help="at most (default: %(default)s)")
-    budget.add_argument(
-        "--patience",
-        type=int,
-        default=default.patience,
-        help="looks at the validation part without improvement before a run stops (default: %(default)s)",
-    )
-    budget.add_argument("--batch-size", type=int, default=default.batch_size, help="default: %(default)s")
-
-    other = parser.add_argument_group("other")
-    other.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/compare-DATA")
-    other.add_argument("--device", type=torch.device, default="cpu", help="default: %(default)s")
-    other.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    add, budget = parser.add_argument, Budget()
+    add("--data", choices=DATA_SETS, default="words", help="default: words")
+    add("--folder", metavar="DIR", help="of train.csv, dev.csv and test.csv with the columns text and label")
+    add("--features", metavar="NPZ", help="x_train, y_train, the same for val and test (and rank_values)")
+    add("--rank-names", nargs="+", metavar="NAME", help="names of the ranks, lowest first")
+    add("--context", help="text that leads up to a rank's name (default: the data's own, or none)")
+    encoders = "minilm (default), open_clip:MODEL[:PRETRAINED], or a folder or name of transformers"
+    add("--text-encoder", default="minilm", metavar="NAME", help=f"of the prompts: {encoders}")
+    add("--heads", nargs="+", metavar="HEAD", choices=HEADS, default=[*HEADS], help=f"some of: {', '.join(HEADS)}")
+    add("--shots", nargs="*", metavar="N", default=SHOTS, help=f"samples per rank (default: {' '.join(SHOTS)})")
+    shifts = "label shifts: the most frequent ranks keep a share (default: a quarter and half of the ranks keep 0.1)"
+    add("--shift", nargs="*", metavar="RANKS:SHARE", help=shifts)
+    add("--seeds", nargs="+", type=int, metavar="SEED", default=range(5), help="default: 0 1 2 3 4")
+    ours = "heads to set against linear, CORAL and CORN (default: those named ours)"
+    add("--ours", nargs="+", metavar="HEAD", choices=HEADS, help=ours)
+    add("--lr", nargs="+", type=float, metavar="RATE", default=budget.learning_rates, help="grid for every head")
+    add("--steps", type=int, default=budget.steps, help="at most (default: %(default)s)")
+    add("--patience", type=int, default=budget.patience, help="looks without improvement (default: %(default)s)")
+    add("--batch-size", type=int, default=budget.batch_size, help="default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="default: outputs/compare-DATA")
+    add("--device", type=torch.device, default="cpu", help="default: %(default)s")
+    add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     return parser
 
 
 def load_task(args: argparse.Namespace) -> Task:
-    """The task that the options describe.
-
-    Raises:
-        ValueError: options that are missing, or data that are damaged.
-        OSError: files that are missing or unreadable.
-    """
+    """The task that the options describe; ValueError and OSError say what is wrong with options or data."""
     needed = {"sst5": ["folder"], "texts": ["folder", "rank_names", "context"], "features": ["features"]}
     missing = [f"--{name.replace('_', '-')}" for name in needed.get(args.data, []) if not getattr(args, name)]
     if missing:
@@ -118,11 +80,7 @@ def load_task(args: argparse.Namespace) -> Task:
 
 
 def load_settings(args: argparse.Namespace, labels: Tensor) -> list[Setting]:
-    """The training subsets, in the order of the tables.
-
-    Raises:
-        ValueError: shots or shifts that do not fit the labels.
-    """
+    """The training subsets, in the order of the tables; ValueError where they do not fit the labels."""
     shifts = args.shift
     if shifts is None:
         present = len(labels.unique())
@@ -163,11 +121,7 @@ def compare(
 
 
 def study(args: argparse.Namespace) -> None:
-    """Runs what the options ask for, and writes the report.
-
-    Raises:
-        ValueError, OSError: see `load_task`; options that do not fit the data or earlier runs.
-    """
+    """Runs what the options ask for, and writes the report."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     output = args.output or Path("outputs") / f"compare-{args.data}"
     heads, seeds = list(dict.fromkeys(args.heads)), list(dict.fromkeys(args.seeds))

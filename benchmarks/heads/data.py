@@ -12,7 +12,6 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -22,45 +21,14 @@ from embedding import sentence_features
 from families import split_families
 from task import PARTS, Task
 
-FEELINGS = {
-    -4: "extremely negative",
-    -3: "very negative",
-    -2: "negative",
-    -1: "slightly negative",
-    0: "neutral",
-    1: "slightly positive",
-    2: "positive",
-    3: "very positive",
-}
+_FEELINGS = "extremely negative, very negative, negative, slightly negative, neutral, slightly positive, positive"
+FEELINGS = dict(enumerate([*_FEELINGS.split(", "), "very positive"], start=-4))
 WORD_SEED = 4  # the first that puts every rank, also the rarest (21 words), into each part at least twice
-
-
-class Scale(NamedTuple):
-    """One rating of the adjectives: rank names by value, ranks per unit of the rating, and a context."""
-
-    names: dict[int, str]
-    steps: int
-    context: str
-
-
-ADJECTIVE_SCALES = {
-    "subjectivity": Scale(
-        dict(
-            enumerate(
-                (
-                    "purely factual",
-                    "mostly factual",
-                    "rather factual",
-                    "rather subjective",
-                    "mostly subjective",
-                    "purely subjective",
-                )
-            )
-        ),
-        5,
-        "this description is",
-    ),
-    "polarity": Scale({value: FEELINGS[value] for value in range(-3, 4)}, 3, "the feeling of this description is"),
+_OPINIONS = "purely factual, mostly factual, rather factual, rather subjective, mostly subjective, purely subjective"
+# For each rating of the adjectives: rank names by value, ranks per unit of the rating, and a context.
+ADJECTIVE_SCALES: dict[str, tuple[dict[int, str], int, str]] = {
+    "subjectivity": (dict(enumerate(_OPINIONS.split(", "))), 5, "this description is"),
+    "polarity": ({value: FEELINGS[value] for value in range(-3, 4)}, 3, "the feeling of this description is"),
 }
 ADJECTIVE_SEED = 0
 SST5_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
@@ -132,22 +100,28 @@ def read_texts(folder: str | Path, rank_names: Sequence[str]) -> Pairs:
     return pairs
 
 
-def text_task(name: str, pairs: Pairs, names: Mapping[int, str] | Sequence[str], context: str) -> Task:
-    """A task on sentence embeddings of texts.
-
-    Args:
-        names: of the ranks, lowest first, or by their values.
-    """
-    named = names if isinstance(names, Mapping) else dict(enumerate(names))
+def text_task(name: str, pairs: Pairs, names: Mapping[int, str], context: str) -> Task:
+    """A task on sentence embeddings of texts; names are those of the ranks by value, lowest first."""
     features = sentence_features(name, [text for part in PARTS for text, _ in pairs[part]])
     return Task(
         name,
         dict(zip(PARTS, features.split([len(pairs[part]) for part in PARTS]), strict=True)),
         {part: torch.tensor([rank for _, rank in pairs[part]]) for part in PARTS},
-        torch.tensor([float(value) for value in named]),
-        tuple(named.values()),
+        torch.tensor([float(value) for value in names]),
+        tuple(names.values()),
         context,
     )
+
+
+def adjective_task(scale: str) -> Task:
+    """One rating of the adjectives."""
+    names, _, context = ADJECTIVE_SCALES[scale]
+    return text_task(scale, adjectives(scale), names, context)
+
+
+def file_task(name: str, folder: str, rank_names: Sequence[str], context: str) -> Task:
+    """Texts of CSV files."""
+    return text_task(name, read_texts(folder, rank_names), dict(enumerate(rank_names)), context)
 
 
 def feature_task(path: str | Path, rank_names: Sequence[str] | None = None) -> Task:
@@ -166,12 +140,11 @@ def feature_task(path: str | Path, rank_names: Sequence[str] | None = None) -> T
     values = torch.from_numpy(np.asarray(arrays.get("rank_values", np.arange(named)), dtype=np.float32))
     for part in PARTS:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or x.shape[1] != arrays["x_train"].shape[1]:
+        if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or not np.isfinite(x).all():
             raise ValueError(
-                f"{path}: x_{part} and y_{part} should be (N, D) and (N,), but are {x.shape} and {y.shape}."
+                f"{path}: x_{part} and y_{part} should be (N, D) and (N,), and x finite; they are {x.shape} and "
+                f"{y.shape}, and {np.isnan(x).sum()} values of x are NaN."
             )
-        if not np.isfinite(x).all():
-            raise ValueError(f"{path}: x_{part} has values that are not finite.")
         if not np.isin(y, np.arange(len(values))).all():
             raise ValueError(f"{path}: y_{part} holds other labels than the ranks 0…{len(values) - 1}.")
     return Task(
@@ -183,21 +156,12 @@ def feature_task(path: str | Path, rank_names: Sequence[str] | None = None) -> T
     )
 
 
-def _adjective_task(scale: str) -> Task:
-    names, _, context = ADJECTIVE_SCALES[scale]
-    return text_task(scale, adjectives(scale), names, context)
-
-
 # A data set of your own is one more function from the options to a `Task`, with features of any encoder.
 DATA_SETS: dict[str, Callable[[Namespace], Task]] = {
     "words": lambda _: text_task("words", words(), FEELINGS, "the feeling of this word is"),
-    "subjectivity": lambda _: _adjective_task("subjectivity"),
-    "polarity": lambda _: _adjective_task("polarity"),
-    "sst5": lambda options: text_task(
-        "sst5", read_texts(options.folder, SST5_NAMES), SST5_NAMES, "a movie review that sounds"
-    ),
-    "texts": lambda options: text_task(
-        "texts", read_texts(options.folder, options.rank_names), options.rank_names, options.context
-    ),
-    "features": lambda options: feature_task(options.features, options.rank_names),
+    "subjectivity": lambda _: adjective_task("subjectivity"),
+    "polarity": lambda _: adjective_task("polarity"),
+    "sst5": lambda given: file_task("sst5", given.folder, SST5_NAMES, "a movie review that sounds"),
+    "texts": lambda given: file_task("texts", given.folder, given.rank_names, given.context),
+    "features": lambda given: feature_task(given.features, given.rank_names),
 }

@@ -37,6 +37,11 @@ class Task:
     text_encoder: Callable[[], tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
+        widths = [self.features[part].shape[1] for part in PARTS]
+        if len({*widths}) > 1:
+            raise ValueError(
+                f"{self.name}: the parts have features of the widths {widths[0]}, {widths[1]} and {widths[2]}."
+            )
         if self.rank_names is not None and len(self.rank_names) != self.num_ranks:
             raise ValueError(
                 f"{self.name}: {len(self.rank_names)} rank names were given for {self.num_ranks} ranks; give one each."

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import open_clip
@@ -85,12 +86,12 @@ def floor(clip: open_clip.CLIP, tokens: int) -> Callable[[], Tensor]:
     return run
 
 
-def measure_memory(ranks: int, way: str, queue: multiprocessing.Queue[float]) -> None:
-    torch.set_num_threads(2)
+def peak_memory(ranks: int, way: str) -> float:
+    """MiB above the start of a step; call it in a fresh process."""
     step = passes(text_encoder(), ranks)[way]
     before = _resident("VmRSS")
     step()
-    queue.put(_resident("VmHWM") - before)
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:
@@ -99,17 +100,6 @@ def _resident(field: str) -> float:
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise OSError(f"Found no {field} in /proc/self/status.")
-
-
-def peak_memory(ranks: int, way: str) -> float:
-    """MiB above the start of a step, in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure_memory, args=(ranks, way, queue))
-    process.start()
-    peak = queue.get()
-    process.join()
-    return float(peak)
 
 
 def report(clip: open_clip.CLIP, ranks: int, repeats: int, memory: bool) -> list[str]:
@@ -123,7 +113,9 @@ def report(clip: open_clip.CLIP, ranks: int, repeats: int, memory: bool) -> list
         ratio = f"{least['plain'] / seconds:.1f}" if "plain" in least else ""
         mebibytes, difference = "", ""
         if name != "floor":
-            mebibytes = f"{peak_memory(ranks, name):.0f}" if memory else ""
+            if memory:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    mebibytes = f"{process.submit(peak_memory, ranks, name).result():.0f}"
             difference = f"{(results[name] - results['cut']).abs().max() / results['cut'].abs().max():.1e}"
         lines.append(
             f"{ranks:>5}  {name:<7}{seconds:>9.3f}{statistics.median(times[name]):>9.3f}{ratio:>11}"
