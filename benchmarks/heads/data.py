@@ -54,9 +54,6 @@ def adjectives(scale: str) -> Pairs:
     The lexicon is that of De Smedt and Daelemans, as textblob brings it; most entries were tagged by hand.  Of a text
     that stands there several times, the first counts.  Neither a word family nor words that share a meaning ("fragile",
     "delicate") stand on both sides of a split.
-
-    Args:
-        scale: "subjectivity", in six steps, or "polarity", from -3 to 3.
     """
     names, steps, _ = ADJECTIVE_SCALES[scale]
     values = list(names)
@@ -74,12 +71,7 @@ def adjectives(scale: str) -> Pairs:
 
 
 def read_texts(folder: str | Path, rank_names: Sequence[str]) -> Pairs:
-    """Texts of train.csv, dev.csv and test.csv with the columns text and label (0…K-1, or the rank's name).
-
-    Raises:
-        ValueError: other columns, rows without a text, labels that are no rank.
-        FileNotFoundError: a file is missing.
-    """
+    """Texts of train.csv, dev.csv and test.csv with the columns text and label (0…K-1, or the rank's name)."""
     ranks = {str(rank): rank for rank in range(len(rank_names))}
     ranks |= {name: rank for rank, name in enumerate(rank_names)}  # a name that is a number means that rank
     pairs = {}
@@ -125,12 +117,7 @@ def file_task(name: str, folder: str, rank_names: Sequence[str], context: str) -
 
 
 def feature_task(path: str | Path, rank_names: Sequence[str] | None = None) -> Task:
-    """Features of an .npz file: x_train (N, D), y_train (N,), the same for val and test; rank_values (K,) if wanted.
-
-    Raises:
-        ValueError: arrays that are missing, of other shapes or not finite, labels outside the ranks.
-        OSError: no such file, or no .npz file.
-    """
+    """Features of an .npz file: x_train (N, D), y_train (N,), the same for val and test; rank_values (K,) if wanted."""
     with np.load(path) as file:
         arrays = dict(file)
     missing = [name for part in PARTS for name in (f"x_{part}", f"y_{part}") if name not in arrays]

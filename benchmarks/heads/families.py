@@ -27,13 +27,7 @@ _ENDINGS = sorted(
 def split_families(
     samples: Mapping[str, Sequence[Sample]], seed: int, together: Iterable[Sequence[str]] = ()
 ) -> dict[str, list[Sample]]:
-    """Train, val and test (60 : 15 : 25 of the families), no word family in two of them.
-
-    Args:
-        samples: the samples of each word.
-        seed: of the order in which families are dealt out.
-        together: see `word_families`.
-    """
+    """Train, val and test (60 : 15 : 25 of the families) of the samples of each word, no word family in two of them."""
     families = word_families(samples, together)
     random.Random(seed).shuffle(families)
     bounds = [round(share * len(families)) for share in (0, 0.60, 0.75, 1)]
@@ -46,11 +40,8 @@ def split_families(
 def word_families(words: Iterable[str], together: Iterable[Sequence[str]] = ()) -> list[tuple[str, ...]]:
     """Groups of words that share a stem or their first four letters, in alphabetical order.
 
-    They are too large rather than too small: no two words that look alike may stand on both sides of a split.
-
-    Args:
-        words: the words.
-        together: groups of words whose families are to become one.
+    They are too large rather than too small: no two words that look alike may stand on both sides of a split.  The
+    families of words that stand `together` become one.
 
     >>> word_families(["sad", "happy", "glad", "saddened", "happiness", "happen"])
     [('glad',), ('happen', 'happiness', 'happy'), ('sad', 'saddened')]

@@ -23,20 +23,13 @@ METRICS = ("mae", "mae_argmax", "mae_median", "macro_mae", "accuracy", "kappa")
 
 @dataclass
 class Head:
-    """A head ready for training.
+    """A head ready for training."""
 
-    Attributes:
-        module: features (N, D) to whatever its loss takes.
-        loss: output and labels to a scalar.
-        probabilities: output to (N, K).
-        rate: factor that brings the grid of learning rates to where the head learns (a linear layer on unit features
-            takes larger steps than a prompt).
-        groups: module and learning rate to the parameter groups of an optimizer.
-    """
-
-    module: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
-    probabilities: Callable[[Tensor], Tensor] = lambda logits: logits.softmax(dim=-1)
+    module: nn.Module  # features (N, D) to whatever its loss takes
+    loss: Callable[[Tensor, Tensor], Tensor]  # of output and labels
+    probabilities: Callable[[Tensor], Tensor] = lambda logits: logits.softmax(dim=-1)  # of the output; (N, K)
+    # Brings the grid of learning rates to where the head learns: a linear layer on unit features takes larger steps
+    # than a prompt.
     rate: float = 1.0
     groups: Callable[[nn.Module, float], list[dict[str, Any]]] = lambda module, lr: [
         {"params": [*module.parameters()], "lr": lr}
@@ -45,10 +38,8 @@ class Head:
 
 @dataclass
 class Estimator:
-    """A head that needs neither steps nor learning rates.
-
-    Attributes:
-        fit: training features (N, D) and labels (N,) to a function from features (M, D) to probabilities (M, K).
+    """A head that needs neither steps nor learning rates: `fit` takes training features (N, D) and labels (N,) and
+    gives a function from features (M, D) to probabilities (M, K).
     """
 
     fit: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -63,21 +54,13 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True)
 class Budget:
-    """What every head may spend on one run.
-
-    Attributes:
-        learning_rates: the grid.
-        steps: at most.
-        patience: looks at the validation part without improvement before a run stops.
-        batch_size: of a step.
-        least_steps: before a run may stop; a head that starts well may get worse before it gets better.
-    """
+    """What every head may spend on one run."""
 
     learning_rates: tuple[float, ...] = (0.02, 0.06, 0.2)
     steps: int = 300
-    patience: int = 4
+    patience: int = 4  # looks at the validation part without improvement before a run stops
     batch_size: int = 512
-    least_steps: int = 30
+    least_steps: int = 30  # a head that starts well may get worse before it gets better
 
     def __post_init__(self) -> None:
         if not all(value > 0 for value in (*self.learning_rates, self.steps, self.patience, self.batch_size)):
@@ -94,17 +77,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setting:
-    """A training subset.
-
-    Attributes:
-        name: in the tables.
-        shots: samples per rank; None takes all.
-        shift: (k, share): the k most frequent ranks keep a share of their samples.
-    """
+    """A training subset: some samples per rank, all, or k of the most frequent ranks with a share of their samples."""
 
     name: str
     shots: int | None = None
-    shift: tuple[int, float] | None = None
+    shift: tuple[int, float] | None = None  # k and the share
 
     @classmethod
     def parse(cls, text: str) -> Setting:
@@ -128,11 +105,7 @@ class Setting:
 
 
 def run(build: Build, task: Task, indices: Tensor, seed: int, budget: Budget) -> dict[str, float]:
-    """One head on one training subset: test metrics, validation MAE, and the learning rate and step that were chosen.
-
-    Raises:
-        UnfitError: the head cannot be built for this task.
-    """
+    """One head on one training subset: test metrics, validation MAE, and the learning rate and step that were chosen."""
     results = []
     for learning_rate in budget.learning_rates:
         torch.manual_seed(seed)
@@ -186,13 +159,8 @@ def train(head: Head, task: Task, indices: Tensor, seed: int, learning_rate: flo
 
 
 def evaluate(probabilities: Tensor, labels: Tensor, values: Tensor) -> dict[str, float]:
-    """The `METRICS` in units of the rank values: MAE of expectation, argmax and median, the mean over the ranks of the
-    expectation's MAE, accuracy, and Cohen's kappa with quadratic weights.
-
-    Args:
-        probabilities: (N, K).
-        labels: (N,).
-        values: (K,).
+    """The `METRICS` of probabilities (N, K), in units of the rank values (K,): MAE of expectation, argmax and median, the
+    mean over the ranks of the expectation's MAE, accuracy, and Cohen's kappa with quadratic weights.
     """
     truth = values[labels]
     argmax = probabilities.argmax(dim=-1)

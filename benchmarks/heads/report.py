@@ -18,14 +18,10 @@ BEST = "the best of them"
 def report(runs: pd.DataFrame, settings: Sequence[str], heads: Sequence[str], ours: Sequence[str], title: str) -> str:
     """Means and standard deviations of every head, and paired differences between ours and the peers, in Markdown.
 
-    Args:
-        runs: one row a run, with the columns head, setting, seed and the metrics.
-        settings, heads: columns and rows of the tables.
-        ours: heads to set against the peers.
-        title: of the report.
+    `runs` has one row a run; settings are the columns of the tables, heads the rows.
     """
     mean, deviation = mean_and_deviation(runs, settings, heads, "mae")
-    cells = _with_spread(mean.map("{:.3f}".format), deviation)
+    cells = mean.map("{:.3f}".format) + deviation.map(" ± {:.3f}".format).where(deviation.notna(), "")
     best = mean <= mean.min() + 1e-9
     parts = [
         f"# {title}",
@@ -90,17 +86,10 @@ def markdown(cells: pd.DataFrame, corner: str) -> str:
     )
 
 
-def _with_spread(text: pd.DataFrame, deviation: pd.DataFrame) -> pd.DataFrame:
-    return text + deviation.map(" ± {:.3f}".format).where(deviation.notna(), "")
-
-
 def plot(mean: pd.DataFrame, deviation: pd.DataFrame, path: Path, title: str) -> None:
     """Curves of the MAE over the shots, and points for the label shifts; bars are standard deviations over the seeds.
 
-    Args:
-        mean, deviation: a row for each head, a column for each setting, as of `mean_and_deviation`.
-        path: of the picture.
-        title: of the picture.
+    Rows are heads and columns settings, as `mean_and_deviation` gives them.
     """
     mpl.use("Agg")
     shifts = [name for name in mean.columns if name.startswith("shift")]

@@ -15,26 +15,15 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """Features with ordered labels.
-
-    Attributes:
-        name: of the data.
-        features: (N, D) float32 of train, val and test.
-        labels: (N,) int64 in 0…K-1 of the same parts.
-        rank_values: (K,) values of the ranks, in the unit of the errors.
-        rank_names: K names, lowest first, or None.
-        context: a text that leads up to a rank's name, or None for random tokens.
-        text_encoder: gives the model and tokenizer for heads with prompts, loaded at the first call; None where there
-            is none.
-    """
+    """Features with ordered labels."""
 
     name: str
-    features: dict[str, Tensor]
-    labels: dict[str, Tensor]
-    rank_values: Tensor
-    rank_names: tuple[str, ...] | None = None
-    context: str | None = None
-    text_encoder: Callable[[], tuple[Any, Any]] | None = None
+    features: dict[str, Tensor]  # (N, D) float32 of each part
+    labels: dict[str, Tensor]  # (N,) int64 in 0…K-1 of each part
+    rank_values: Tensor  # (K,), in the unit of the errors
+    rank_names: tuple[str, ...] | None = None  # lowest first
+    context: str | None = None  # a text that leads up to a rank's name; None is random tokens
+    text_encoder: Callable[[], tuple[Any, Any]] | None = None  # model and tokenizer, loaded at the first call
 
     def __post_init__(self) -> None:
         widths = [self.features[part].shape[1] for part in PARTS]
