@@ -3,40 +3,40 @@
 Prompts are not trained: rated words are matched to the prototypes as they start, so that the only difference is the
 start.  Prints the mean absolute error on validation words, and how far the mixtures are from the names they stand for.
 
-    python benchmarks/base_names.py
+    python benchmarks/heads/base_names.py
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from argparse import Namespace
+from typing import Any
 
 import torch
+from data import DATA_SETS
+from embedding import load_text_encoder
 
 import ordinal_prompt as op
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from _data import load_minilm, load_words
-
 
 def main() -> None:
-    model, tokenizer = load_minilm()
-    data = load_words((model, tokenizer))
-    options = {"tokenizer": tokenizer, "context": data.context}
-    names = op.OrdinalPromptHead(model, data.rank_names, interpolation=None, **options).prompt.rank_embeddings
+    model, tokenizer = load_text_encoder("minilm")
+    task = DATA_SETS["words"](Namespace())
+    rank_names = task.rank_names or ()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": task.context}
+    names = op.OrdinalPromptHead(model, rank_names, interpolation=None, **options).prompt.rank_embeddings
     print(f"{'interpolation':<14}{'bases':>6}{'start':>15}{'MAE':>8}{'distance to the names':>24}")
     for interpolation in ("linear", "piecewise", "inv_prop"):
         for bases in (2, 3, 5):
             for start in ("nearest", "least squares"):
-                chosen = {"num_base_ranks": bases}
+                chosen: dict[str, Any] = {"num_base_ranks": bases}
                 if start == "nearest":
-                    nearest = torch.linspace(0, data.num_ranks - 1, bases).round().int()
-                    chosen = {"base_rank_names": [data.rank_names[i] for i in nearest]}
-                head = op.OrdinalPromptHead(model, data.rank_names, interpolation=interpolation, **chosen, **options)
+                    nearest = torch.linspace(0, task.num_ranks - 1, bases).round().int()
+                    chosen = {"base_rank_names": [rank_names[i] for i in nearest]}
+                head = op.OrdinalPromptHead(model, rank_names, interpolation=interpolation, **chosen, **options)
                 prompt = head.eval().prompt
                 mixed = torch.einsum("kb,btw->ktw", prompt.interpolation_weights, prompt.rank_embeddings)
                 distance = (mixed - names[:, : mixed.shape[1]]).norm() / names[:, : mixed.shape[1]].norm()
-                error = (op.decode(head(data.val.features)) - data.val.labels).abs().mean()
+                error = (op.decode(head(task.features["val"])) - task.labels["val"]).abs().mean()
                 print(f"{interpolation:<14}{bases:>6}{start:>15}{error:>8.3f}{distance:>24.3f}")
 
 

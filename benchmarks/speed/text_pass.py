@@ -5,8 +5,8 @@ Four ways, interleaved in one run: `plain` encodes K prompts at the full context
 the packed tokens must go through (linear layers, forward and gradient of the input).  Weights are random, which changes
 no time.  Memory is what the process holds at its highest point above its start, measured in a process of its own.
 
-    python benchmarks/text_pass.py                    # K = 5, 101, 1000
-    python benchmarks/text_pass.py --ranks 101 --repeats 5
+    python benchmarks/speed/text_pass.py                    # K = 5, 101, 1000
+    python benchmarks/speed/text_pass.py --ranks 101 --repeats 5
 """
 
 from __future__ import annotations
@@ -14,26 +14,20 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import open_clip
 import torch
+from encoder import text_encoder
+from timing import side_by_side
 from torch import Tensor
 from torch.nn import functional as F
 
 import ordinal_prompt as op
 
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
-VISION = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 32, "image_size": 32}
 PLAIN_MOST_RANKS = 101  # beyond, the plain pass needs tens of gigabytes
-
-
-def build(ranks: int) -> tuple[open_clip.CLIP, op.OrdinalPromptHead]:
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(512, VISION, TEXT)
-    return clip, op.OrdinalPromptHead(clip, ranks, context=10)
 
 
 def dense(clip: open_clip.CLIP, head: op.OrdinalPromptHead, cut: bool) -> Tensor:
@@ -46,28 +40,27 @@ def dense(clip: open_clip.CLIP, head: op.OrdinalPromptHead, cut: bool) -> Tensor
     return F.normalize(x @ clip.text_projection, dim=-1)
 
 
-def passes(ranks: int) -> dict[str, Callable[[], Tensor]]:
-    clip, head = build(ranks)
-    clip.requires_grad_(False)
+def passes(clip: open_clip.CLIP, ranks: int) -> dict[str, Callable[[], Tensor]]:
+    """Forward and backward of each way; they return the prototypes and the gradients, for comparison."""
+    head = op.OrdinalPromptHead(clip, ranks, context=10)
     ways: dict[str, Callable[[], Tensor]] = {}
     if ranks <= PLAIN_MOST_RANKS:
         ways["plain"] = lambda: dense(clip, head, cut=False)
     ways["cut"] = lambda: dense(clip, head, cut=True)
     ways["packed"] = head.prototypes
     prompts = head.prompt()
-    target = torch.randn(ranks, 512)
+    target = torch.randn(ranks, head.embed_dim)
 
     def step(way: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
+            head.zero_grad(set_to_none=True)
             prototypes = way()
             (prototypes * target).sum().backward()
-            return torch.cat([prototypes.detach().flatten(), head.prompt.rank_embeddings.grad.flatten()])
+            gradient = head.prompt.rank_embeddings.grad
+            assert gradient is not None
+            return torch.cat([prototypes.detach().flatten(), gradient.flatten()])
 
-        def fresh() -> Tensor:
-            head.zero_grad(set_to_none=True)
-            return run()
-
-        return fresh
+        return run
 
     steps = {name: step(way) for name, way in ways.items()}
     steps["floor"] = floor(clip, len(prompts.prefix) + ranks * prompts.suffixes.shape[1])
@@ -76,7 +69,7 @@ def passes(ranks: int) -> dict[str, Callable[[], Tensor]]:
 
 def floor(clip: open_clip.CLIP, tokens: int) -> Callable[[], Tensor]:
     """The products of the text encoder's linear layers for `tokens` tokens: forward, and the gradient of the input."""
-    width = TEXT["width"]
+    width = clip.transformer.width
     inputs = {size: torch.randn(tokens, size) for size in (width, 3 * width, 4 * width)}
     weights = []
     for block in clip.transformer.resblocks:
@@ -93,12 +86,12 @@ def floor(clip: open_clip.CLIP, tokens: int) -> Callable[[], Tensor]:
     return run
 
 
-def measure_memory(ranks: int, way: str, queue: multiprocessing.Queue[float]) -> None:
-    torch.set_num_threads(2)
-    step = passes(ranks)[way]
+def peak_memory(ranks: int, way: str) -> float:
+    """MiB above the start of a step; call it in a fresh process."""
+    step = passes(text_encoder(), ranks)[way]
     before = _resident("VmRSS")
     step()
-    queue.put(_resident("VmHWM") - before)
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:
@@ -109,51 +102,40 @@ def _resident(field: str) -> float:
     raise OSError(f"Found no {field} in /proc/self/status.")
 
 
-def peak_memory(ranks: int, way: str) -> float:
-    """MiB above the start of a step, in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure_memory, args=(ranks, way, queue))
-    process.start()
-    peak = queue.get()
-    process.join()
-    return float(peak)
+def report(clip: open_clip.CLIP, ranks: int, repeats: int, memory: bool) -> list[str]:
+    """One line for each way."""
+    steps = passes(clip, ranks)
+    results = {name: step() for name, step in steps.items()}
+    times = side_by_side(steps, repeats)
+    least = {name: min(seconds) for name, seconds in times.items()}
+    lines = []
+    for name, seconds in least.items():
+        ratio = f"{least['plain'] / seconds:.1f}" if "plain" in least else ""
+        mebibytes, difference = "", ""
+        if name != "floor":
+            if memory:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    mebibytes = f"{process.submit(peak_memory, ranks, name).result():.0f}"
+            difference = f"{(results[name] - results['cut']).abs().max() / results['cut'].abs().max():.1e}"
+        lines.append(
+            f"{ranks:>5}  {name:<7}{seconds:>9.3f}{statistics.median(times[name]):>9.3f}{ratio:>11}"
+            f"{seconds / least['floor']:>11.2f}{mebibytes:>8}  {difference}"
+        )
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time the text pass.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[5, 101, 1000], help="numbers of ranks K")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each way; the least time counts")
-    parser.add_argument(
-        "--no-memory", action="store_true", help="leave out the memory, measured in processes of their own"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    print("ViT-B/32-sized text encoder, 10 context tokens, float32, 2 threads; forward + backward")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory, measured in separate processes")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    print(f"ViT-B/32-sized text encoder, 10 context tokens, float32, {args.threads} threads; forward + backward")
     print(f"{'K':>5}  {'way':<7}{'seconds':>9}{'median':>9}{'plain/way':>11}{'way/floor':>11}{'MiB':>8}  difference")
-    for ranks in arguments.ranks:
-        steps = passes(ranks)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        results = {name: step() for name, step in steps.items()}  # also warms up
-        for _ in range(arguments.repeats):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                times[name].append(time.perf_counter() - start)
-        least = {name: min(seconds) for name, seconds in times.items()}
-        for name in steps:
-            memory = "" if arguments.no_memory or name == "floor" else f"{peak_memory(ranks, name):.0f}"
-            ratio = f"{least['plain'] / least[name]:.1f}" if "plain" in least else ""
-            difference = (
-                ""
-                if name == "floor"
-                else f"{(results[name] - results['cut']).abs().max() / results['cut'].abs().max():.1e}"
-            )
-            print(
-                f"{ranks:>5}  {name:<7}{least[name]:>9.3f}{statistics.median(times[name]):>9.3f}{ratio:>11}"
-                f"{least[name] / least['floor']:>11.2f}{memory:>8}  {difference}",
-                flush=True,
-            )
+    for ranks in args.ranks:
+        print(*report(text_encoder(), ranks, args.repeats, not args.no_memory), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
