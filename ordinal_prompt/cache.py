@@ -7,8 +7,8 @@ that learn: it shares their memory until either is written to, by whatever way, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ _version = operator.attrgetter("_version")
 _address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.data_ptr)
 
 
-class Kept:
+Result = TypeVar("Result")
+
+
+class Kept(Generic[Result]):
     """A result and the tensors that it was made of.
 
     Args:
@@ -30,7 +33,11 @@ class Kept:
     """
 
     def __init__(
-        self, result: Tensor, sources: tuple[list[Tensor], ...], learned: Iterable[Tensor], modules: list[nn.Module]
+        self,
+        result: Result,
+        sources: tuple[list[Tensor], ...],
+        learned: Iterable[Tensor],
+        modules: Sequence[nn.Module] = (),
     ) -> None:
         self.result = result
         self.sources = sources
@@ -38,10 +45,11 @@ class Kept:
         self.modules = modules
         self._mark()
 
-    def holds(self, sources: tuple[list[Tensor], ...], modules: list[nn.Module]) -> bool:
+    def holds(self, sources: tuple[list[Tensor], ...], modules: Sequence[nn.Module] = ()) -> bool:
         """Whether the sources are the same tensors, and none has been written to or moved since."""
         return (
-            all(map(_same, sources, self.sources))
+            len(sources) == len(self.sources)
+            and all(map(_same, sources, self.sources))
             and _same(modules, self.modules)
             and self._version is not None
             and _sum_of_versions(sources) == self._version
@@ -58,14 +66,24 @@ class Kept:
     def __getstate__(self) -> dict[str, Any]:
         """Copies are marked anew, where there is still something to keep."""
         holds = self.holds(self.sources, self.modules)
-        return {**self.__dict__, "modules": self.modules if holds else [], "_lazy_copies": []}
+        return {**self.__dict__, "sources": self.sources if holds else (), "_lazy_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._mark()
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
+def still_kept(
+    kept: Kept[Result] | None, compute: Callable[[], Result], sources: tuple[list[Tensor], ...], learned: list[Tensor]
+) -> Kept[Result]:
+    """What was kept, where it holds; else it is computed, so that it may be used anywhere, gradients or not."""
+    if kept is not None and kept.holds(sources):
+        return kept
+    with torch.inference_mode(False), torch.no_grad():
+        return Kept(compute(), sources, learned)
+
+
+def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
     return before is now or (len(before) == len(now) and all(map(operator.is_, before, now)))
 
 
@@ -78,3 +96,8 @@ def _owns_memory(tensor: Tensor) -> bool:
     """Whether nobody else's tensor would move along with this one."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda")
     return plain and not tensor.is_shared() and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def traced() -> bool:
+    """Whether a graph is being traced, or a transform such as vmap is at work: what they see is not ours to keep."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

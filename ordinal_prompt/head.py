@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt import checkpoint
+from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
@@ -31,7 +33,7 @@ class OrdinalPromptHead(RankPrototypes):
 
     Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
     ranks.  A frozen text encoder turns them into K unit-norm prototypes; the logits are the scaled cosines of a feature
-    to these.  After training, `export()` leaves plain layers.
+    to these.  After training, `export()` leaves plain layers.  Arguments that do not fit raise ValueError or TypeError.
 
     Args:
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
@@ -76,7 +78,6 @@ class OrdinalPromptHead(RankPrototypes):
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment, residual, residual_bias: (D, D), (K, D) and (K,) what the options of these names learn, or None.
         text_encoder: the text half; a frozen one is in no parameter list and no state dict, and shared by copies.
-    Raises ValueError or TypeError where arguments do not fit, saying what does.
 
     >>> import open_clip, torch
     >>> text = open_clip.transformer.TextTransformer(width=16, heads=2, layers=1, output_dim=16)
@@ -84,8 +85,6 @@ class OrdinalPromptHead(RankPrototypes):
     ...                          tokenizer=open_clip.get_tokenizer("ViT-B-32"))
     >>> head(torch.randn(5, 16)).shape
     torch.Size([5, 3])
-    >>> head.export()[1]
-    Linear(in_features=16, out_features=3, bias=False)
     """
 
     logit_scale: Tensor
@@ -141,6 +140,7 @@ class OrdinalPromptHead(RankPrototypes):
         self.in_features = config.in_features or embed_dim
         self.normalize = config.normalize
         self._source: dict[str, Any] | None = None
+        self._kept_map: Kept[tuple[Tensor, Tensor | None]] | None = None
         like: dict[str, Any] = {"device": prompt.rank_embeddings.device, "dtype": prompt.rank_embeddings.dtype}
         scale = torch.tensor(log_scale or 0.0, **like)
         if config.learn_logit_scale:
@@ -160,12 +160,11 @@ class OrdinalPromptHead(RankPrototypes):
     def from_open_clip(
         cls, model_name: str, pretrained: str | None = None, *, ranks: int | Sequence[str], **options: Any
     ) -> OrdinalPromptHead:
-        """A head on the text encoder of an open_clip model, which open_clip builds (and downloads, where it has to).
+        """A head, with its options, on the text encoder of an open_clip model, which open_clip builds or downloads.
 
         Args:
             model_name: as in `open_clip.list_models()`, or an `hf-hub:` or `local-dir:` name.
             pretrained: a tag as in `open_clip.list_pretrained()`, or the path of a checkpoint; None for random weights.
-            ranks, options: see `OrdinalPromptHead`.
 
         Raises:
             ValueError: unknown model or pretrained tag, with near matches.
@@ -187,12 +186,13 @@ class OrdinalPromptHead(RankPrototypes):
         Raises ValueError for features of another width, TypeError for those that are not floating point.
         """
         check_features(features, self.in_features, self.projection is not None)
-        weight, bias = self._linear_map()
-        dtype = torch.promote_types(weight.dtype, torch.promote_types(features.dtype, torch.float32))
+        prototypes = self.prototypes()
+        dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
             autocast = torch.is_autocast_enabled(features.device.type)
             features = self.projection(features if autocast else features.to(self.projection.weight.dtype))
         with full_precision(features):
+            weight, bias = self._linear_map(prototypes)
             return match(features.to(dtype), weight.to(dtype), bias, self.normalize)
 
     def predict_proba(self, features: Tensor) -> Tensor:
@@ -214,8 +214,7 @@ class OrdinalPromptHead(RankPrototypes):
         (`export()` brings the projection along).
 
         Args:
-            bias: give the layer a bias also where the head has none, of zeros, so that the weights load into an
-                `nn.Linear(D, K)` that has one.
+            bias: give the layer a bias of zeros where the head has none, so that its weights fit an `nn.Linear(D, K)`.
 
         Returns:
             Weight (K, D) = exp(logit_scale) · prototypes (with alignment and residual, if any): a `PrototypeLinear`, or
@@ -233,8 +232,7 @@ class OrdinalPromptHead(RankPrototypes):
         Returns:
             One `nn.Linear` where the head is one linear map (`normalize=False`), else an `nn.Sequential` of the
             projection (if any), `nn.RMSNorm` and `nn.Linear`, of the head's precision.  Equal to the head on any input
-            of that precision (features shorter than 1e-10 count as zero).  Raises ValueError where learned tensors are
-            not finite.
+            of that precision (features shorter than 1e-10 count as zero); what is not finite raises ValueError.
         """
         projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
         layers = stock_layers(*self._exported_map(), projection, self.normalize)
@@ -246,8 +244,8 @@ class OrdinalPromptHead(RankPrototypes):
         Files are written atomically: what was there stays whole until the new one is.  Raises ValueError where learned
         tensors are not finite, or prompts reparametrized (as by pruning).
         """
-        parts = (self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
-        checkpoint.save(Path(folder), self.config, *parts)
+        parts = (self.config, self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
+        checkpoint.save(Path(folder), *parts)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, text_encoder: Any = None) -> OrdinalPromptHead:
@@ -271,18 +269,24 @@ class OrdinalPromptHead(RankPrototypes):
         return head.eval()
 
     def extra_repr(self) -> str:
-        sizes = {"in_features": self.in_features, "embed_dim": self.embed_dim, "num_ranks": self.num_ranks}
-        options = {name: value for name, value in self.config.changed().items() if name not in sizes}
-        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **options}.items())
+        shown = {"embed_dim": self.embed_dim, "num_ranks": self.num_ranks, **self.config.changed()}
+        return ", ".join(f"{name}={value!r}" for name, value in {**shown, "in_features": self.in_features}.items())
 
-    def _linear_map(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (K, D) and bias (K,) of the map from features (of unit norm, if they are normalized) to logits."""
-        prototypes, factors = self.prototypes(), (self.config.alignment, self.config.residual)
-        weight = linear_map(prototypes, self.logit_scale, self.alignment, self.residual, factors)
-        return weight, None if self.residual_bias is None else factors[1] * self.residual_bias.to(weight.dtype)
+    def _linear_map(self, prototypes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, D) and bias (K,) of the map from features to logits; kept while no gradients are wanted."""
+        parts = (self.logit_scale, self.alignment, self.residual, self.residual_bias)
+        compute = partial(linear_map, prototypes, *parts, self.config.alignment, self.config.residual)
+        learned = [part for part in parts if part is not None]
+        learns = prototypes.requires_grad or (torch.is_grad_enabled() and any(part.requires_grad for part in learned))
+        if learns or traced():
+            return compute()
+        self._kept_map = still_kept(self._kept_map, compute, ([prototypes], learned), learned)
+        return self._kept_map.result
 
     @torch.no_grad()
     def _exported_map(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._linear_map()
-        check_finite(**self.state_dict(), prototypes=self.prototypes(), weight=weight.to(self.logit_scale.dtype))
+        prototypes = self.prototypes()
+        with full_precision(prototypes):
+            weight, bias = self._linear_map(prototypes)
+        check_finite(**self.state_dict(), prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
         return weight, bias

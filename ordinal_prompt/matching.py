@@ -11,26 +11,28 @@ from ordinal_prompt.config import MAX_FACTOR
 def linear_map(
     prototypes: Tensor,
     log_scale: Tensor,
-    alignment: Tensor | None = None,
-    residual: Tensor | None = None,
-    factors: tuple[float, float] = (1.0, 1.0),
-) -> Tensor:
-    """The weight (K, D) of the linear map from features to logits.
+    alignment: Tensor | None,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+    alignment_factor: float,
+    residual_factor: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (K, D) and bias (K,) of the linear map from features to logits.
 
     Args:
         prototypes: (K, D) of unit norm.
         log_scale: () the log of the factor on the cosines.
         alignment: (D, D) A of the map I + factor · A between features and prototypes.
-        residual: (K, D) added to the weight, times its factor.
-        factors: of alignment and residual.
+        residual, residual_bias: (K, D) and (K,) what is added, times its factor.
     """
+    dtype = prototypes.dtype
     # Beyond the bound only a training that diverges gets, and infinite logits would end it.
-    weight = log_scale.to(prototypes.dtype).exp().clamp(max=MAX_FACTOR) * prototypes
+    weight = log_scale.to(dtype).exp().clamp(max=MAX_FACTOR) * prototypes
     if alignment is not None:
-        weight = weight + factors[0] * (weight @ alignment.to(weight.dtype))
+        weight = weight + alignment_factor * (weight @ alignment.to(dtype))
     if residual is not None:
-        weight = weight + factors[1] * residual.to(weight.dtype)
-    return weight
+        weight = weight + residual_factor * residual.to(dtype)
+    return weight, None if residual_bias is None else residual_factor * residual_bias.to(dtype)
 
 
 def match(features: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.cache import Kept
+from ordinal_prompt.cache import Kept, traced
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.text import Prompts
 from ordinal_prompt.text.towers import evaluating, text_half
@@ -43,7 +43,7 @@ class RankPrototypes(nn.Module):
         self.prompt = prompt
         self.embed_dim = embed_dim
         self._frozen = frozen
-        self._kept: Kept | None = None
+        self._kept: Kept[Tensor] | None = None
         self._key = _register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
         self._build_rank_values()
@@ -69,9 +69,7 @@ class RankPrototypes(nn.Module):
             return self._encode(self.prompt())
         if torch.compiler.is_compiling():
             return self._in_a_graph()
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and the like: not ours to keep
-            return self._encode(self.prompt())
-        return self._cached()
+        return self._encode(self.prompt()) if traced() else self._cached()
 
     def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
         """Prototypes at real positions between the first and the last rank, also where no rank is.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,3 +377,66 @@ def test_only_the_text_half_without_its_table_is_kept(head: op.OrdinalPromptHead
     assert max(p.numel() for p in kept) < 49408
     assert not any("visual" in name for name, _ in head.text_encoder.named_modules())
     assert head.prompt.special.shape == (4, 16)  # start, full stop, end, padding
+
+
+# --- other packages ---------------------------------------------------------------------------------------------------
+
+
+def test_openai_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that the paper uses, as PyPI's clip-anytorch has it."""
+    packaging = pytest.importorskip("packaging.version")
+    stub: Any = types.ModuleType("pkg_resources")  # which it imports for this, and setuptools no longer brings
+    stub.packaging = types.SimpleNamespace(version=packaging)
+    monkeypatch.setitem(sys.modules, "pkg_resources", stub)
+    clip = pytest.importorskip("clip")
+    model = shaken(clip.model.CLIP(12, 16, 1, 64, 16, 77, 49408, 16, 2, 2))
+    for context in ("a photo of", "a photo of {} people", "", "{}"):
+        template = context if "{}" in context else f"{context} {{}}"
+        expected = own_features(model, clip.tokenize, f"{template}.", NAMES)
+        assert_same_features(model, clip.tokenize, {"context": context}, expected)
+    head = op.OrdinalPromptHead(model, 5).train()
+    head(torch.randn(2, 12)).sum().backward()
+    assert head.prompt.rank_embeddings.grad is not None
+    assert model.training is False
+    assert model.visual.conv1.weight.requires_grad
+
+
+TEXT_SIZES = {"vocab_size": 49408, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Clap", "Align"])
+def test_models_that_define_their_own_text_features(kind: str, tokenizer: Any) -> None:
+    if kind == "Clap":
+        audio = {"patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [1, 1], "num_attention_heads": [1, 1],
+                 "spec_size": 64, "window_size": 4, "num_hidden_layers": 2}  # fmt: skip
+        text = {**TEXT_SIZES, "projection_dim": 12, "max_position_embeddings": 60, "pad_token_id": 0}
+        config = transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=12)
+    else:
+        vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}
+        config = transformers.AlignConfig(text_config=TEXT_SIZES, vision_config=vision, projection_dim=12)
+    model = shaken(getattr(transformers, f"{kind}Model")(config))
+    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
+    output = model.get_text_features(ids, attention_mask=(ids != 0).long())
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    expected = F.normalize(features, dim=-1).detach()
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+
+
+def test_a_model_that_fails_on_prompts_is_refused_at_once(tokenizer: Any) -> None:
+    class Broken(transformers.BertModel):
+        def forward(self, *_: Any, **__: Any) -> None:
+            raise AttributeError("'Broken' object has no attribute 'dtype'")
+
+    with pytest.raises(TypeError, match=r"encode prompts, but Broken fails on one \(AttributeError: .*TextEncoder"):
+        op.OrdinalPromptHead(Broken(transformers.BertConfig(**TEXT_SIZES)), 5, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("context", ["", " ", "{}", "{}."])
+def test_a_context_without_words(context: str, clip: Any, tokenizer: Any) -> None:
+    expected = own_features(clip, tokenizer, "{}.", NAMES)
+    assert_same_features(clip, tokenizer, {"context": context}, expected)
+    assert op.OrdinalPromptHead(clip, 5, tokenizer=tokenizer, context=context).prompt.context_embeddings.shape == (
+        0,
+        16,
+    )

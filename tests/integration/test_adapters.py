@@ -1,0 +1,66 @@
+"""Heads inside models that PEFT has adapted: exports keep what the adapter learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_clip
+from torch import Tensor, nn
+
+import ordinal_prompt as op
+
+peft = pytest.importorskip("peft")
+
+FEATURES = torch.linspace(-2, 2, 24).reshape(4, 6)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fc(self.body(inputs).relu())
+
+
+def with_head(**options: Any) -> nn.Module:
+    return op.replace_head(Model(), op.OrdinalPromptHead(tiny_clip(), 5, in_features=7, **options))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_adapter_inside_the_head_is_exported(normalize: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(with_head(normalize=normalize), config)
+    head = model.base_model.model.fc
+    assert not isinstance(head.projection, nn.Linear)
+    expected = model.eval()(FEATURES).detach()
+    with model.disable_adapter():
+        assert (model(FEATURES) - expected).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="tensors of an adapter .*lora_A.*merge_and_unload"):
+        head.save_pretrained(tmp_path)
+    torch.testing.assert_close(op.export_heads(model, inplace=False)(FEATURES), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(op.export_heads(model)(FEATURES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_that_is_no_linear_map_is_refused() -> None:
+    model = with_head()
+    model.fc.projection.register_forward_hook(lambda module, inputs, output: output.tanh())
+    with pytest.raises(ValueError, match="the projection, a Linear, computes no linear map"):
+        op.export_heads(model)
+
+
+def test_a_head_that_is_saved_whole_shares_its_text_encoder_and_trains() -> None:
+    model = peft.get_peft_model(with_head(), peft.LoraConfig(target_modules=["body"], modules_to_save=["fc"]))
+    wrapper = model.base_model.model.fc
+    trained = wrapper.modules_to_save["default"]
+    assert trained is not wrapper.original_module
+    assert trained.text_encoder is wrapper.original_module.text_encoder
+    model(FEATURES).sum().backward()
+    assert trained.prompt.rank_embeddings.grad is not None
+    with torch.no_grad():
+        trained.prompt.rank_embeddings.normal_()
+    expected = model.eval()(FEATURES).detach()
+    torch.testing.assert_close(op.export_heads(model)(FEATURES), expected, rtol=1e-4, atol=1e-4)
