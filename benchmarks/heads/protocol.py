@@ -105,7 +105,7 @@ class Setting:
 
 
 def run(build: Build, task: Task, indices: Tensor, seed: int, budget: Budget) -> dict[str, float]:
-    """One head on one training subset: test metrics, validation MAE, and the learning rate and step that were chosen."""
+    """One head on one training subset: test metrics, validation MAE, and the chosen learning rate and step."""
     results = []
     for learning_rate in budget.learning_rates:
         torch.manual_seed(seed)
@@ -159,8 +159,10 @@ def train(head: Head, task: Task, indices: Tensor, seed: int, learning_rate: flo
 
 
 def evaluate(probabilities: Tensor, labels: Tensor, values: Tensor) -> dict[str, float]:
-    """The `METRICS` of probabilities (N, K), in units of the rank values (K,): MAE of expectation, argmax and median, the
-    mean over the ranks of the expectation's MAE, accuracy, and Cohen's kappa with quadratic weights.
+    """The `METRICS` of probabilities (N, K), in units of the rank values (K,).
+
+    MAE of expectation, argmax and median, the mean over the ranks of the first, accuracy, and Cohen's kappa with
+    quadratic weights.
     """
     truth = values[labels]
     argmax = probabilities.argmax(dim=-1)
