@@ -47,7 +47,7 @@ def test_an_adapter_inside_the_head_is_exported(normalize: bool, tmp_path: Path)
 
 def test_a_hook_that_is_no_linear_map_is_refused() -> None:
     model = with_head()
-    model.fc.projection.register_forward_hook(lambda module, inputs, output: output.tanh())
+    model.fc.projection.register_forward_hook(lambda _module, _inputs, output: output.tanh())
     with pytest.raises(ValueError, match="the projection, a Linear, computes no linear map"):
         op.export_heads(model)
 

