@@ -38,9 +38,8 @@ class OrdinalPromptHead(RankPrototypes):
     Args:
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
             `ordinal_prompt.text.TransformersTextEncoder`, which chooses the pooling), or an object that fits
-            `ordinal_prompt.text.TextEncoder`.  Only the text half is kept, and of the token embedding what the prompts
-            need; the model is neither changed nor copied.  Its weights are shared: training it further also changes
-            the head (but for the embeddings of words, which are copied); pass a copy to prevent that.
+            `ordinal_prompt.text.TextEncoder`.  Only its text half is used.  The model is neither changed nor copied:
+            training it further also changes the head (but for the embeddings of words); pass a copy to prevent that.
         ranks: K ≥ 2, or K distinct names, which the rank embeddings then start from.
         tokenizer: texts to token ids, as `open_clip.get_tokenizer(name)` or a tokenizer of transformers.  Without one,
             an open_clip model with OpenAI's vocabulary can still have random context and ranks.
@@ -241,8 +240,7 @@ class OrdinalPromptHead(RankPrototypes):
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
 
-        Files are written atomically: what was there stays whole until the new one is.  Raises ValueError where learned
-        tensors are not finite, or prompts reparametrized (as by pruning).
+        Files are written atomically.  Raises ValueError for learned tensors that are not finite, or are reparametrized.
         """
         parts = (self.config, self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
         checkpoint.save(Path(folder), *parts)
