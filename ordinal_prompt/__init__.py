@@ -11,6 +11,7 @@ from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.metrics import ordinality
 from ordinal_prompt.recipes import parameter_groups, recipe
+from ordinal_prompt.reload import load_exported
 from ordinal_prompt.swap import export_heads, replace_head
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "PrototypeLinear",
     "decode",
     "export_heads",
+    "load_exported",
     "losses",
     "ordinality",
     "parameter_groups",
