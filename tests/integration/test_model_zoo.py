@@ -134,7 +134,7 @@ def test_torchvision(name: str) -> None:
     def make() -> Any:
         return torchvision.models.get_model(name, weights=None)
 
-    shape = (3, 96, 96)
+    shape: tuple[int, ...] = (3, 96, 96)
     module = torchvision.models.get_model_builder(name).__module__
     if "video" in module:
         shape = (3, 16, 224, 224) if "mvit" in name or "s3d" in name else (3, 8, 112, 112)
