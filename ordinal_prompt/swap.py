@@ -63,7 +63,7 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     if len(widths) > 1:
         raise ValueError(
             f"{type(model).__name__} averages the logits of {', '.join(found)}, whose features have different widths; "
-            "one head cannot take them all. Name one of them (name=) to replace it alone, with as many outputs as before."
+            "one head cannot take them all. Name one (name=) to replace it alone, with as many outputs as before."
         )
     for place in found:
         _check_place(model, place, head)
