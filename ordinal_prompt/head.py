@@ -20,7 +20,7 @@ from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
 from ordinal_prompt.losses import OrdinalPromptLoss
-from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match
+from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.prototypes import RankPrototypes
 from ordinal_prompt.text import adapt, hub
@@ -188,8 +188,7 @@ class OrdinalPromptHead(RankPrototypes):
         prototypes = self.prototypes()
         dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
-            autocast = torch.is_autocast_enabled(features.device.type)
-            features = self.projection(features if autocast else features.to(self.projection.weight.dtype))
+            features = project(self.projection, features)
         with full_precision(features):
             weight, bias = self._linear_map(prototypes)
             return match(features.to(dtype), weight.to(dtype), bias, self.normalize)

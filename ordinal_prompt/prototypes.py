@@ -207,6 +207,11 @@ class RankPrototypes(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         self._key = _register(self)
 
+    def __prepare_scriptable__(self) -> RankPrototypes:
+        raise TypeError(
+            "A prompt head cannot be scripted; call op.export_heads(model) first, which leaves plain layers."
+        )
+
     def _replicate_for_data_parallel(self) -> RankPrototypes:
         raise RuntimeError(
             "nn.DataParallel cannot train a prompt head, whose text encoder stays on one device. Use "

@@ -174,3 +174,17 @@ def test_exports_of_other_precisions(dtype: torch.dtype, clip: Any) -> None:
     features = torch.randn(3, 7)
     exported = head.export()
     torch.testing.assert_close(exported(features.to(dtype)).float(), head(features.to(dtype)).float(), rtol=0, atol=0.3)
+
+
+def test_tools_that_trace_quantize_or_script_a_model_are_told_to_export_first(clip: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 7), op.OrdinalPromptHead(clip, 5, in_features=7)).eval()
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    with pytest.raises(TypeError, match=r"call op.export_heads\(model\) before you quantize"):
+        quantize(model, {nn.Linear})(torch.randn(2, 6))
+    with pytest.raises(TypeError, match=r"cannot be traced by torch.fx .* Call op.export_heads\(model\) first"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(TypeError, match=r"cannot be scripted; call op.export_heads"):
+        torch.jit.script(model)
+    op.export_heads(model)
+    torch.jit.script(torch.fx.symbolic_trace(model))
+    assert quantize(model, {nn.Linear})(torch.randn(2, 6)).shape == (2, 5)
