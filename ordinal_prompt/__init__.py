@@ -8,6 +8,7 @@ from ordinal_prompt import losses, protocols, text
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear
 from ordinal_prompt.head import OrdinalPromptHead
+from ordinal_prompt.labels import rank_indices, soft_labels
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.metrics import ordinality
 from ordinal_prompt.recipes import parameter_groups, recipe
@@ -27,7 +28,9 @@ __all__ = [
     "ordinality",
     "parameter_groups",
     "protocols",
+    "rank_indices",
     "recipe",
     "replace_head",
+    "soft_labels",
     "text",
 ]

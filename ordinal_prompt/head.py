@@ -19,6 +19,7 @@ from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
+from ordinal_prompt.labels import all_strings, rank_indices
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
 from ordinal_prompt.prompt import PromptLearner, full_precision
@@ -200,6 +201,11 @@ class OrdinalPromptHead(RankPrototypes):
     def predict(self, features: Tensor, rule: str = "expectation") -> Tensor:
         """Predicted rank values, (...), in the units of `rank_values`; see `decode` for the rules."""
         return decode(self(features), rule, self.rank_values)
+
+    def rank_indices(self, values: Any, nearest: bool = False) -> Tensor:
+        """Rank indices of labels that are names or values of this head's ranks; see `ordinal_prompt.rank_indices`."""
+        named = self.config.rank_names and all_strings(values)
+        return rank_indices(values, self.rank_names if named else self.config.values, nearest)
 
     def loss(self, **options: Any) -> OrdinalPromptLoss:
         """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
