@@ -16,7 +16,7 @@ from typing import Any
 
 import open_clip
 import torch
-from ordered_data import check_images, open_image, rank_labels, read_folder, read_table, split
+from ordered_data import check_images, open_image, rank_labels, read_images, split
 from runs import in_one_sentence, metrics, plot, report, weights
 from torch import Tensor
 
@@ -49,11 +49,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, help="training images per rank")
     parser.add_argument("--output", type=Path, default=Path("outputs/clip"))
     options = parser.parse_args()
-    if options.data.is_dir():
-        paths, labels = read_folder(options.data)
-    else:
-        paths, labels = read_table(options.data, "path", "label")
-        paths = [str(options.data.parent / path) for path in paths]
+    paths, labels = read_images(options.data)
     _, fingerprints, white = check_images(paths)
     names, values, indices = rank_labels(labels, options.rank_names)
     training, _, test = split(indices, paths, keys=fingerprints, shots=options.shots)

@@ -3,7 +3,6 @@
     python examples/finetune_images.py --demo
     python examples/finetune_images.py --data faces/ --backbone resnet50 --pretrained \\
         --text ViT-B-32 --text-weights laion2b_s34b_b79k --context "the age of the person is"
-    python examples/finetune_images.py --data ratings.csv --rank-names poor fair good excellent --frozen
     python examples/finetune_images.py --data morph.csv --preset morph
 
 Data is a folder with one folder of images for each rank, or a CSV file with the columns `path` (beside the file) and
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning
@@ -25,11 +24,11 @@ import timm
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from ordered_data import DataError, check_images, open_image, rank_labels, read_folder, read_table, split
+from ordered_data import DataError, check_images, open_image, rank_labels, read_images, split
 from PIL import Image, ImageFilter
 from runs import in_one_sentence, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanAbsoluteError
 from torchvision.transforms import v2
 
@@ -49,19 +48,11 @@ DEMO_PHOTOS = (
 DEMO_NAMES = ["none", "barely visible", "slight", "moderate", "strong", "very strong", "extreme"]
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Images, opened and transformed, with their rank indices."""
-
-    def __init__(self, images: list[Any], labels: np.ndarray[Any, Any], transform: Any, white: float) -> None:
-        self.images, self.labels, self.transform, self.white = images, labels, transform, white
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index]
-        image = image if isinstance(image, Image.Image) else open_image(image, self.white)
-        return self.transform(image), int(self.labels[index])
+def opened(positions: list[int], images: Any, labels: Any, white: float, transform: Any) -> tuple[Tensor, Tensor]:
+    """A batch: images, opened and transformed, and their rank indices."""
+    found = (images[i] for i in positions)
+    found = (image if isinstance(image, Image.Image) else open_image(image, white) for image in found)
+    return torch.stack([transform(image) for image in found]), torch.as_tensor(labels[positions])
 
 
 class Finetuning(lightning.LightningModule):
@@ -130,38 +121,33 @@ def read_data(options: Any) -> tuple[list[Any], list[str], list[float], list[np.
     """Images (or their paths), rank names and values, [all labels, training, validation, test positions], and white."""
     if options.demo:
         return *demo_data(), 1.0
-    source = Path(options.data)
-    if source.is_dir():
-        paths, labels = read_folder(source)
-    else:
-        paths, labels = read_table(source, options.path_column, options.label_column)
-        paths = [str(source.parent / path) for path in paths]
+    paths, labels = read_images(options.data, options.path_column, options.label_column)
     readable, fingerprints, white = check_images(paths, options.skip_unreadable)
     paths, labels = [paths[i] for i in readable], [labels[i] for i in readable]
     names, values, indices = rank_labels(labels, options.rank_names)
-    shift = (int(options.shift[0]), options.shift[1]) if options.shift else None
-    parts = split(indices, paths, keys=fingerprints, seed=options.seed, shots=options.shots, shift=shift)
+    parts = split(indices, paths, keys=fingerprints, seed=options.seed, shots=options.shots, shift=options.shift)
     return paths, names, values or [*map(float, range(len(names)))], [indices, *parts], white
 
 
 def loaders(options: Any, model: Any, trainer: lightning.Trainer, data: Any) -> list[DataLoader[Any]]:
     """Training, validation and test batches; `--batch-size` counts the images of all processes together."""
     images, _, _, (labels, *parts), white = data
+    parts = [part.tolist() for part in parts]
     config: Any = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     size = options.size or config["input_size"][-1]
     resize = v2.Resize((options.resize or size,) * 2)
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
     varied = v2.Compose([resize, v2.RandomCrop(size), v2.RandomHorizontalFlip(), *last])
     plain = v2.Compose([resize, v2.CenterCrop(size), *last])
+    of_all = {"num_replicas": trainer.world_size, "rank": trainer.global_rank, "seed": options.seed}
     found = []
     for number, part in enumerate(parts):
         training = number == 0
-        own = [images[i] for i in part]
-        dataset = Images(own, labels[part], varied if training and not options.no_augment else plain, white)
-        whole = {"num_replicas": trainer.world_size, "rank": trainer.global_rank, "seed": options.seed}
-        sampler: Any = DistributedSampler(dataset, shuffle=training, **whole) if number < 2 else None
-        size_of_batch = max(1, options.batch_size // trainer.world_size)
-        found.append(DataLoader(dataset, size_of_batch, sampler=sampler, num_workers=options.workers))
+        sampler: Any = DistributedSampler(part, shuffle=training, **of_all) if number < 2 else None
+        transform = varied if training and not options.no_augment else plain
+        collate = partial(opened, images=images, labels=labels, white=white, transform=transform)
+        own = max(1, options.batch_size // trainer.world_size)
+        found.append(DataLoader(part, own, sampler=sampler, num_workers=options.workers, collate_fn=collate))
     return found
 
 
@@ -215,7 +201,7 @@ def main() -> None:
     for kind in ("linear", "prompt") if options.head == "both" else (options.head,):
         runs = {lr: run(kind, lr, options, data) for lr in options.lr}
         lr = min(runs, key=lambda rate: runs[rate][0])  # chosen on the validation images
-        _, (module, test, trainer) = runs[lr]
+        module, test, trainer = runs[lr][1]
         if not trainer.is_global_zero:
             continue
         logits, labels = predict(module.model, test)
@@ -240,15 +226,8 @@ def parse() -> Any:
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     add("--backbone", default="resnet18", help="a timm model")
     add("--pretrained", action="store_true", help="with its weights")
-    add(
-        "--settings",
-        choices=["paper", "learned", "frozen"],
-        default="paper",
-        help="the paper's, or our recipe's prompts",
-    )
     add("--text", default="minilm", help="text encoder: minilm, or an open_clip model")
     add("--text-weights", help="its pretrained tag, or a file")
-    add("--context", default="the rank of this image is")
     add("--prompt-lr-scale", type=float, default=1.0)
     add("--weight-decay", type=float, default=1e-2)
     add("--batch-size", type=int, default=64, help="of all processes together")

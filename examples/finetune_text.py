@@ -27,8 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import ordinal_prompt as op
 
-DEMO_NAMES = ["very negative", "negative", "slightly negative", "neutral", "slightly positive", "positive"]
-DEMO_NAMES.append("very positive")
+DEMO_NAMES = ["very bad", "bad", "slightly bad", "neutral", "slightly good", "good", "very good"]
 
 
 class TextModel(nn.Module):
@@ -38,6 +37,11 @@ class TextModel(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
         self.loss = head.loss() if isinstance(head, op.OrdinalPromptHead) else nn.CrossEntropyLoss()
+
+    def train(self, mode: bool = True) -> TextModel:
+        super().train(mode)
+        self.encoder.train(mode and any(parameter.requires_grad for parameter in self.encoder.parameters()))
+        return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -58,7 +62,11 @@ def demo_data() -> tuple[list[str], list[str]]:
 def load_encoder(name: str) -> tuple[Any, Any]:
     if name == "minilm":
         return load_text_encoder(name)
-    return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except OSError:
+        told = "is no folder here, and the hub has none of that name, or cannot be reached"
+        raise DataError(f"The encoder {name!r} {told}; pass a folder, or --encoder minilm.") from None
 
 
 def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> tuple[TextModel, Any]:
@@ -70,12 +78,10 @@ def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> 
         model = TextModel(encoder, nn.Linear(encoder.config.hidden_size, len(names)))
         groups: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
+        settings: Any = {} if options.settings == "paper" else op.recipe(names, prompts=options.settings)
+        settings |= {"tokenizer": tokenizer, "rank_values": values, "context": options.context}
         own, _ = load_encoder(options.encoder)  # stays as it is, while the encoder of the texts may learn
-        settings = {} if options.settings == "paper" else op.recipe(names, prompts=options.settings)
-        head = op.OrdinalPromptHead(
-            own, names, tokenizer=tokenizer, rank_values=values, context=options.context, **settings
-        )
-        model = TextModel(encoder, head)
+        model = TextModel(encoder, op.OrdinalPromptHead(own, names, **settings))
         groups = op.parameter_groups(model, lr)
     if options.optimizer == "radam":  # the paper's
         return model, torch.optim.RAdam(groups, lr, weight_decay=5e-4, decoupled_weight_decay=True)
@@ -92,11 +98,13 @@ def train(kind: str, lr: float, options: Any, names: list[str], values: Any, par
         logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
         return {"mae": metrics(logits, labels, values)["MAE expectation"]}
 
+    # Without this, processes on CPUs would train one model each, and not know of each other.
+    no_device = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     arguments = TrainingArguments(
         str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=256, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mae", greater_is_better=False,
-        fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", remove_unused_columns=True,
+        fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", use_cpu=no_device,
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, train_dataset=parts["train"], eval_dataset=parts["validation"],
@@ -105,7 +113,8 @@ def train(kind: str, lr: float, options: Any, names: list[str], values: Any, par
     )  # fmt: skip
     last = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    return trainer.state.best_metric or float("inf"), trainer
+    best = trainer.state.best_metric
+    return float("inf") if best is None else best, trainer
 
 
 def run(kind: str, options: Any, names: list[str], values: Any, parts: dict[str, Dataset]) -> dict[str, float] | None:
@@ -137,18 +146,11 @@ def main() -> None:
     add("--data", help="a CSV file")
     add("--text-column", default="text")
     add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
-    add(
-        "--settings",
-        choices=["paper", "learned", "frozen"],
-        default="frozen",
-        help="the paper's, or our recipe's prompts",
-    )
-    add("--context", default="this text is")
     add("--batch-size", type=int, default=32, help="in each process")
     add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
     add("--fp16", action="store_true")
     add("--bf16", action="store_true")
-    parser.set_defaults(lr=[1e-4, 1e-3], epochs=10, patience=3)
+    parser.set_defaults(lr=[1e-4, 1e-3], epochs=10, patience=3, settings="frozen")
     options = parser.parse_args()
     if options.demo:
         texts, labels = demo_data()
@@ -160,8 +162,7 @@ def main() -> None:
         raise DataError("No data: pass --data FILE.csv, or --demo.")
     names, numbers, indices = rank_labels(labels, options.rank_names)
     values = numbers or [*map(float, range(len(names)))]
-    shift = (int(options.shift[0]), options.shift[1]) if options.shift else None
-    chosen = split(indices, texts, seed=options.seed, shots=options.shots, shift=shift)
+    chosen = split(indices, texts, seed=options.seed, shots=options.shots, shift=options.shift)
     tokenizer = load_encoder(options.encoder)[1]
     parts = {}
     for name, part in zip(("train", "validation", "test"), chosen, strict=True):

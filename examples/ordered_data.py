@@ -85,6 +85,14 @@ def read_folder(root: str | Path) -> tuple[list[str], list[str]]:
     return [*map(str, images)], [item.parent.name for item in images]
 
 
+def read_images(source: str | Path, path_column: str = "path", label_column: str = "label") -> Any:
+    """Paths and labels of a folder of images, or of a CSV file with paths that start beside it."""
+    if Path(source).is_dir():
+        return read_folder(source)
+    paths, labels = read_table(source, path_column, label_column)
+    return [str(Path(source).parent / path) for path in paths], labels
+
+
 def rank_labels(
     labels: Sequence[str], names: Sequence[str] | None = None
 ) -> tuple[list[str], list[float] | None, Ints]:
@@ -129,7 +137,7 @@ def split(
     validation: float = 0.15,
     test: float = 0.2,
     shots: int | None = None,
-    shift: tuple[int, float] | None = None,
+    shift: Sequence[float] | None = None,
 ) -> tuple[Ints, Ints, Ints]:
     """Positions of the training, validation and test samples, drawn rank by rank.
 
@@ -160,7 +168,7 @@ def split(
     train, for_validation, for_test = (np.sort(part) for part in parts)
     generator = torch.Generator().manual_seed(seed)
     if shift is not None:
-        train = train[label_shift_indices(indices[train], *shift, generator)]
+        train = train[label_shift_indices(indices[train], int(shift[0]), shift[1], generator)]
     if shots is not None:
         train = train[few_shot_indices(indices[train], shots, generator)]
     return train, for_validation, for_test

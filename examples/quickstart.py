@@ -60,33 +60,26 @@ def train(head: nn.Module, loss: nn.Module, groups: Any, features: Tensor, label
     return head.eval().requires_grad_(False)
 
 
-def error(head: nn.Module, features: Tensor, labels: Tensor) -> float:
-    """Mean absolute error in ranks."""
-    return (op.decode(head(features)) - labels).abs().mean().item()
-
-
-def plot(path: Path, prototypes: Tensor, weights: Tensor, errors: dict[str, list[float]]) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, rows, title in ((axes[0], prototypes, "prototypes"), (axes[1], weights, "exported weights")):
-        unit = nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
-        image = axis.imshow(unit @ unit.T, cmap="RdBu", vmin=-1, vmax=1)
-        chance = 0.5 + 1 / len(rows)
-        axis.set_title(f"similarity of the {title}\nordinality {op.ordinality(rows):.2f} (chance {chance:.2f})")
-        axis.set_xticks(range(len(VALUES)), [f"{value:+d}" for value in VALUES])
-        axis.set_yticks(range(len(NAMES)), NAMES)
-        figure.colorbar(image, ax=axis, shrink=0.8, label="cosine, centred")
+def plot(path: Path, weights: Tensor, errors: dict[str, list[float]]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    unit = nn.functional.normalize(weights - weights.mean(dim=0), dim=1)
+    figure.colorbar(axes[0].imshow(unit @ unit.T, cmap="RdBu", vmin=-1, vmax=1), ax=axes[0], shrink=0.8)
+    score, chance = op.ordinality(weights), 0.5 + 1 / len(weights)
+    axes[0].set_title(f"similarity of the exported weights, centred\nordinality {score:.2f} (chance {chance:.2f})")
+    axes[0].set_xticks(range(len(VALUES)), [f"{value:+d}" for value in VALUES])
+    axes[0].set_yticks(range(len(NAMES)), NAMES)
     for name, means in errors.items():
-        axes[2].plot(SHOTS, means, marker="o", label=name)
-    axes[2].set(xscale="log", xlabel="training words per rank", ylabel="mean absolute error in ranks")
-    axes[2].set_xticks(SHOTS, list(map(str, SHOTS)))
-    axes[2].set_title("error on test words")
-    axes[2].legend()
+        axes[1].plot(SHOTS, means, marker="o", label=name)
+    axes[1].set(xscale="log", xlabel="training words per rank", ylabel="mean absolute error in ranks")
+    axes[1].set_xticks(SHOTS, list(map(str, SHOTS)))
+    axes[1].set_title("error on test words")
+    axes[1].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--plot", type=Path, default=Path("outputs/quickstart.png"), help="default %(default)s")
     path = parser.parse_args().plot
     bert, tokenizer = load_text_encoder("minilm")
@@ -98,6 +91,9 @@ def main() -> None:
     rest, test = next(GroupShuffleSplit(test_size=0.25, random_state=0).split(words, groups=families))
     kept = next(GroupShuffleSplit(test_size=0.2, random_state=0).split(rest, groups=[families[i] for i in rest]))
     training, validation = (rest[part] for part in kept)
+
+    def error(head: nn.Module, part: Any) -> float:
+        return (op.decode(head(features[part])) - labels[part]).abs().mean().item()
 
     def linear_head(lr: float, *data: Tensor) -> nn.Module:
         head = nn.Linear(features.shape[1], len(NAMES))
@@ -120,8 +116,8 @@ def main() -> None:
             for seed in range(SEEDS):
                 few = training[op.protocols.few_shot_indices(labels[training], shots, torch.manual_seed(seed))]
                 heads = [make(lr, features[few], labels[few]) for lr in rates]
-                best = min(heads, key=lambda head: error(head, features[validation], labels[validation]))
-                found.append(error(best, features[test], labels[test]))
+                best = min(heads, key=lambda head: error(head, validation))
+                found.append(error(best, test))
             errors[name].append(sum(found) / SEEDS)
         told = ", ".join(f"{name} {means[-1]:.3f}" for name, means in errors.items())
         print(f"  {shots:>2} words per rank: {told}")
@@ -129,7 +125,7 @@ def main() -> None:
     layer = best.export_prototypes()
     assert torch.allclose(layer(features[test]), best(features[test]), atol=1e-3)
     print(f"\nexported, with equal predictions and without the text model: {layer}")
-    plot(path, best.prototypes(), layer.weight, errors)
+    plot(path, layer.weight, errors)
     print(f"picture: {path}")
 
 

@@ -34,6 +34,8 @@ def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
     add("--shift", nargs=2, type=float, metavar=("RANKS", "KEEP"), help="thin out the most frequent ranks in training")
     add("--frozen", action="store_true", help="train the head alone")
     add("--head", choices=["linear", "prompt", "both"], default="both")
+    add("--settings", choices=["paper", "learned", "frozen"], default="paper", help="or our recipe, by its prompts")
+    add("--context", default="its rank is", help="of the prompts, in front of the rank or with {} in its place")
     add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="for each head, the best on validation data counts")
     add("--optimizer", choices=["adamw", "radam"], default="adamw")
     add("--epochs", type=int, default=30)
