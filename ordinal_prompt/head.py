@@ -19,7 +19,6 @@ from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
-from ordinal_prompt.labels import all_strings, rank_indices
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
 from ordinal_prompt.prompt import PromptLearner, full_precision
@@ -55,6 +54,8 @@ class OrdinalPromptHead(RankPrototypes):
         num_base_ranks: B in 1…K; the default is clipped to K.
         base_rank_names: B names that the base ranks start from, in place of K names; sets B.
         tokens_per_rank: T tokens per rank, or without interpolation K counts; names bring their own.
+        prototype_bases: lay the prototypes on the (piecewise linear) line of as many base prototypes, so that they are
+            in order whatever their names; 2 is a straight line.
         in_features: width of features outside the text encoder's space, which a linear projection maps into it.
         normalize: bring features to unit norm.
         logit_scale: log of the factor on the cosines; default the model's own; of a text encoder without one, 10 over
@@ -107,6 +108,7 @@ class OrdinalPromptHead(RankPrototypes):
         num_base_ranks: int = DEFAULT_BASE_RANKS,
         base_rank_names: Sequence[str] | None = None,
         tokens_per_rank: int | Sequence[int] = 1,
+        prototype_bases: int | None = None,
         in_features: int | None = None,
         normalize: bool = True,
         logit_scale: float | None = None,
@@ -135,8 +137,7 @@ class OrdinalPromptHead(RankPrototypes):
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
     ) -> None:
         """Puts the parts together, for the constructor and for `from_pretrained`."""
-        super().__init__(prompt, text_encoder, embed_dim, config.freeze_text_encoder or text_encoder is None)
-        self.config = config
+        super().__init__(config, prompt, text_encoder, embed_dim)
         self.in_features = config.in_features or embed_dim
         self.normalize = config.normalize
         self._source: dict[str, Any] | None = None
@@ -175,11 +176,6 @@ class OrdinalPromptHead(RankPrototypes):
         head._source = {"model_name": model_name, "pretrained": pretrained}
         return head
 
-    @property
-    def rank_names(self) -> tuple[str, ...]:
-        """The K names; of ranks without names, their values."""
-        return self.config.rank_names or tuple(repr(value).removesuffix(".0") for value in self.config.values)
-
     def forward(self, features: Tensor) -> Tensor:
         """Logits (..., K) of features (..., in_features), at least float32, also under autocast.
 
@@ -201,11 +197,6 @@ class OrdinalPromptHead(RankPrototypes):
     def predict(self, features: Tensor, rule: str = "expectation") -> Tensor:
         """Predicted rank values, (...), in the units of `rank_values`; see `decode` for the rules."""
         return decode(self(features), rule, self.rank_values)
-
-    def rank_indices(self, values: Any, nearest: bool = False) -> Tensor:
-        """Rank indices of labels that are names or values of this head's ranks; see `ordinal_prompt.rank_indices`."""
-        named = self.config.rank_names and all_strings(values)
-        return rank_indices(values, self.rank_names if named else self.config.values, nearest)
 
     def loss(self, **options: Any) -> OrdinalPromptLoss:
         """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
