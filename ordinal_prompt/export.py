@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ordinal_prompt.text.towers import evaluating
 
+Layers = TypeVar("Layers", bound=nn.Module)
+
 NORM_EPS = 1e-12  # that of F.normalize
+RMS_NORMS = 4
 
 
 class PrototypeLinear(nn.Linear):
@@ -62,10 +67,7 @@ def plain_linear(layer: nn.Module, in_features: int) -> nn.Linear:
 
 
 def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | None, normalize: bool) -> nn.Module:
-    """A whole head in layers of torch.nn.
-
-    Unit norm is an RMSNorm over √D, which is folded into the weight.  Without it, projection and prototypes are one
-    linear map.
+    """A whole head in layers of torch.nn; one linear map where it does not bring features to unit norm.
 
     Args:
         weight: (K, D) scaled prototypes.
@@ -73,21 +75,45 @@ def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | No
         projection: the linear layer in front of them.
         normalize: whether features are brought to unit norm.
     """
-    dim = weight.shape[1]
-    if not normalize:
-        if projection is None:
-            return linear_layer(weight, bias)
-        exact = weight.double()
-        if projection.bias is not None:
-            shift = exact @ projection.bias.double()
-            bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
-        return linear_layer((exact @ projection.weight.double()).to(weight.dtype), bias)
-    # As small as the norm below which features count as zero; the default would damp short features.
-    norm = nn.RMSNorm(dim, eps=NORM_EPS**2 / dim, elementwise_affine=False)
-    layers: list[nn.Module] = [norm, linear_layer(weight / dim**0.5, bias)]
-    if projection is not None:
-        layers.insert(0, linear_layer(projection.weight, projection.bias))
-    return nn.Sequential(*layers).eval()
+    if normalize:
+        layers = [*unit_norm(weight.shape[1]), linear_layer(weight / weight.shape[1] ** 0.5, bias)]
+        if projection is not None:
+            layers.insert(0, linear_layer(projection.weight, projection.bias))
+        return no_linear_layer(nn.Sequential(*layers)).eval()
+    if projection is None:
+        return linear_layer(weight, bias)
+    exact = weight.double()
+    if projection.bias is not None:
+        shift = exact @ projection.bias.double()
+        bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
+    return linear_layer((exact @ projection.weight.double()).to(weight.dtype), bias)
+
+
+def unit_norm(dim: int) -> list[nn.Module]:
+    """Layers that bring features (..., dim) to the norm √dim, and those that are nearly zero to nearly zero.
+
+    One RMSNorm would do, x ↦ x / √(mean x² + ε), with an epsilon as small as the norm below which features count as
+    zero.  But exporters to ONNX drop numbers as small as that, and half precision has none.  Where RMSNorms follow each
+    other, their epsilons multiply.
+    """
+    eps = (NORM_EPS**2 / dim) ** (1 / RMS_NORMS)
+    return [nn.RMSNorm(dim, eps=eps, elementwise_affine=False) for _ in range(RMS_NORMS)]
+
+
+def no_linear_layer(layers: Layers) -> Layers:
+    """Marks layers that stand in a linear layer's place: their state dict must not pass for one of its.
+
+    Libraries that load a state dict and find no `weight` for a layer start it anew, with a warning at best.  An empty
+    one, which fits no layer, makes them refuse the file; `load_exported` knows it.
+    """
+    if "weight" not in layers._buffers:
+        layers.register_buffer("weight", torch.empty(0))
+    return layers
+
+
+def stands_for_linear(module: object) -> bool:
+    """Whether a module is what `export()` made of a head that is no linear layer."""
+    return isinstance(module, nn.Sequential) and getattr(module, "weight", torch.ones(1)).numel() == 0
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -20,7 +20,7 @@ from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
 from ordinal_prompt.losses import OrdinalPromptLoss
-from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match
+from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.prototypes import RankPrototypes
 from ordinal_prompt.text import adapt, hub
@@ -38,9 +38,8 @@ class OrdinalPromptHead(RankPrototypes):
     Args:
         text_encoder: an open_clip model or its text tower, a text model of transformers (also wrapped in
             `ordinal_prompt.text.TransformersTextEncoder`, which chooses the pooling), or an object that fits
-            `ordinal_prompt.text.TextEncoder`.  Only the text half is kept, and of the token embedding what the prompts
-            need; the model is neither changed nor copied.  Its weights are shared: training it further also changes
-            the head (but for the embeddings of words, which are copied); pass a copy to prevent that.
+            `ordinal_prompt.text.TextEncoder`.  Only its text half is used.  The model is neither changed nor copied:
+            training it further also changes the head (but for the embeddings of words); pass a copy to prevent that.
         ranks: K ≥ 2, or K distinct names, which the rank embeddings then start from.
         tokenizer: texts to token ids, as `open_clip.get_tokenizer(name)` or a tokenizer of transformers.  Without one,
             an open_clip model with OpenAI's vocabulary can still have random context and ranks.
@@ -55,6 +54,8 @@ class OrdinalPromptHead(RankPrototypes):
         num_base_ranks: B in 1…K; the default is clipped to K.
         base_rank_names: B names that the base ranks start from, in place of K names; sets B.
         tokens_per_rank: T tokens per rank, or without interpolation K counts; names bring their own.
+        prototype_bases: lay the prototypes on the (piecewise linear) line of as many base prototypes, so that they are
+            in order whatever their names; 2 is a straight line.
         in_features: width of features outside the text encoder's space, which a linear projection maps into it.
         normalize: bring features to unit norm.
         logit_scale: log of the factor on the cosines; default the model's own; of a text encoder without one, 10 over
@@ -107,6 +108,7 @@ class OrdinalPromptHead(RankPrototypes):
         num_base_ranks: int = DEFAULT_BASE_RANKS,
         base_rank_names: Sequence[str] | None = None,
         tokens_per_rank: int | Sequence[int] = 1,
+        prototype_bases: int | None = None,
         in_features: int | None = None,
         normalize: bool = True,
         logit_scale: float | None = None,
@@ -135,8 +137,7 @@ class OrdinalPromptHead(RankPrototypes):
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
     ) -> None:
         """Puts the parts together, for the constructor and for `from_pretrained`."""
-        super().__init__(prompt, text_encoder, embed_dim, config.freeze_text_encoder or text_encoder is None)
-        self.config = config
+        super().__init__(config, prompt, text_encoder, embed_dim)
         self.in_features = config.in_features or embed_dim
         self.normalize = config.normalize
         self._source: dict[str, Any] | None = None
@@ -175,11 +176,6 @@ class OrdinalPromptHead(RankPrototypes):
         head._source = {"model_name": model_name, "pretrained": pretrained}
         return head
 
-    @property
-    def rank_names(self) -> tuple[str, ...]:
-        """The K names; of ranks without names, their values."""
-        return self.config.rank_names or tuple(repr(value).removesuffix(".0") for value in self.config.values)
-
     def forward(self, features: Tensor) -> Tensor:
         """Logits (..., K) of features (..., in_features), at least float32, also under autocast.
 
@@ -189,8 +185,7 @@ class OrdinalPromptHead(RankPrototypes):
         prototypes = self.prototypes()
         dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
-            autocast = torch.is_autocast_enabled(features.device.type)
-            features = self.projection(features if autocast else features.to(self.projection.weight.dtype))
+            features = project(self.projection, features)
         with full_precision(features):
             weight, bias = self._linear_map(prototypes)
             return match(features.to(dtype), weight.to(dtype), bias, self.normalize)
@@ -241,8 +236,7 @@ class OrdinalPromptHead(RankPrototypes):
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
 
-        Files are written atomically: what was there stays whole until the new one is.  Raises ValueError where learned
-        tensors are not finite, or prompts reparametrized (as by pruning).
+        Files are written atomically.  Raises ValueError for learned tensors that are not finite, or are reparametrized.
         """
         parts = (self.config, self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
         checkpoint.save(Path(folder), *parts)

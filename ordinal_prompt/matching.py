@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,6 +44,18 @@ def match(features: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool
     return F.linear(features, weight, None if bias is None else bias.to(weight.dtype))
 
 
+def project(projection: Any, features: Tensor) -> Tensor:
+    """Features (..., D) of features (..., in_features), in the projection's precision unless autocast chooses it."""
+    if not isinstance(projection.weight, Tensor):
+        raise TypeError(
+            f"Expected the projection to be a linear layer, but it is a {type(projection).__module__}."
+            f"{type(projection).__name__}; call op.export_heads(model) before you quantize the model."
+        )
+    autocast = torch.is_autocast_enabled(features.device.type)
+    projected: Tensor = projection(features if autocast else features.to(projection.weight.dtype))
+    return projected
+
+
 def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
     """() the log of `factor` over the spread of the prototypes (K, D): ranks compete alike whatever their encoder."""
     spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
@@ -49,6 +64,11 @@ def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
 
 def check_features(features: Tensor, width: int, projected: bool) -> None:
     """Raises TypeError or ValueError where features are not (..., width) floating point numbers."""
+    if isinstance(features, torch.fx.Proxy):
+        raise TypeError(
+            "A prompt head cannot be traced by torch.fx (feature extraction, quantization, …): it chooses between "
+            "computing its prototypes and keeping them. Call op.export_heads(model) first, which leaves plain layers."
+        )
     if not isinstance(features, Tensor) or not features.is_floating_point():
         kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"Expected `features` to be a floating point tensor, but got {kind}.")

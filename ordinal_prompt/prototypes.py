@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ordinal_prompt.cache import Kept, traced
+from ordinal_prompt.config import HeadConfig
+from ordinal_prompt.interpolation import laid_on_bases
+from ordinal_prompt.labels import all_strings, rank_indices
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.text import Prompts
 from ordinal_prompt.text.towers import evaluating, text_half
@@ -29,20 +32,22 @@ class RankPrototypes(nn.Module):
     through NumPy, another library's pointer, or a replayed CUDA graph.
 
     Args:
+        config: the options of the head.  A frozen text encoder is kept out of parameters, state dict and copies (copies
+            of this module share it).
         prompt: the prompts.
         text_encoder: a `TextEncoder`, or None for prototypes that are given to `keep_prototypes`.
         embed_dim: D.
-        frozen: keep the text encoder out of parameters, state dict and copies (copies of this module share it).
     """
 
     text_encoder: Any
     rank_values: Tensor
 
-    def __init__(self, prompt: PromptLearner, text_encoder: Any, embed_dim: int, frozen: bool) -> None:
+    def __init__(self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int) -> None:
         super().__init__()
+        self.config = config
         self.prompt = prompt
         self.embed_dim = embed_dim
-        self._frozen = frozen
+        self._frozen = frozen = config.freeze_text_encoder or text_encoder is None
         self._kept: Kept[Tensor] | None = None
         self._key = _register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
@@ -58,6 +63,16 @@ class RankPrototypes(nn.Module):
     def num_ranks(self) -> int:
         """K."""
         return self.prompt.num_ranks
+
+    @property
+    def rank_names(self) -> tuple[str, ...]:
+        """The K names; of ranks without names, their values."""
+        return self.config.rank_names or tuple(repr(value).removesuffix(".0") for value in self.config.values)
+
+    def rank_indices(self, values: Any, nearest: bool = False) -> Tensor:
+        """Rank indices of labels that are names or values of these ranks; see `ordinal_prompt.rank_indices`."""
+        named = self.config.rank_names is not None and all_strings(values)
+        return rank_indices(values, self.rank_names if named else self.config.values, nearest)
 
     def prototypes(self) -> Tensor:
         """The rank prototypes, (K, D) of unit norm, at least float32.
@@ -83,7 +98,7 @@ class RankPrototypes(nn.Module):
         Raises:
             ValueError: positions outside the ranks, of another shape, or a head without interpolation.
         """
-        if self.prompt.interpolation is None:
+        if self.prompt.interpolation is None and self.config.prototype_bases is None:
             raise ValueError(
                 "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
             )
@@ -95,7 +110,11 @@ class RankPrototypes(nn.Module):
         if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
             raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
         with torch.set_grad_enabled(self._differentiable()):
-            return self._encode(self.prompt(inside))
+            return (
+                self._encode(self.prompt(inside))
+                if self.config.prototype_bases is None
+                else self._encode(self.prompt(), inside)
+            )
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
@@ -128,14 +147,19 @@ class RankPrototypes(nn.Module):
         with torch.no_grad(), full_precision(self.rank_values):
             return self._encode(self.prompt())
 
-    def _encode(self, prompts: Prompts) -> Tensor:
+    def _encode(self, prompts: Prompts, positions: Tensor | None = None) -> Tensor:
+        """Prototypes of prompts; with bases, of those of all ranks, at the ranks or at other positions."""
         if self.text_encoder is None:
             raise RuntimeError(
                 "This head has no text encoder (it was loaded without one, or came from the meta device), so that its "
                 "prompts cannot be encoded; load it with from_pretrained(folder, text_encoder=...)."
             )
         features = self.text_encoder.encode(prompts)
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        prototypes = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        if self.config.prototype_bases is None:
+            return prototypes
+        line = laid_on_bases(prototypes, self.prompt.positions, self.config.prototype_bases, positions)
+        return F.normalize(line, dim=-1)
 
     def _differentiable(self) -> bool:
         if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
@@ -206,6 +230,11 @@ class RankPrototypes(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         self._key = _register(self)
+
+    def __prepare_scriptable__(self) -> RankPrototypes:
+        raise TypeError(
+            "A prompt head cannot be scripted; call op.export_heads(model) first, which leaves plain layers."
+        )
 
     def _replicate_for_data_parallel(self) -> RankPrototypes:
         raise RuntimeError(

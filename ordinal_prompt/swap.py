@@ -6,24 +6,32 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules import activation
 
+from ordinal_prompt.classifiers import feature_width, find_classifiers, named_classifier, num_outputs
+from ordinal_prompt.export import linear_layer, no_linear_layer
 from ordinal_prompt.head import OrdinalPromptHead
+from ordinal_prompt.places import PointwiseHead, SharedHead, pointwise
 
-# What timm, torchvision, transformers and most plain models call their classifier.
-CLASSIFIER_NAMES = frozenset(
-    ["fc", "classifier", "head", "heads", "score", "last_linear", "classification_head", "output_layer", "lin_cls"]
-)
-MAX_LISTED = 12
+AUXILIARY = ("aux1", "aux2", "AuxLogits")  # torchvision's
 
 
 def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> nn.Module:
     """Puts a head in the place of a model's classifier.
 
-    The classifier is the linear layer that the model itself names (timm), or that has a classifier's name (`fc`,
-    `classifier`, `head`, …; of a small network under such a name, its last linear layer), or the only one, or the last
-    layer of an `nn.Sequential`.  An earlier prompt head is found the same way.  The head is moved to the classifier's
-    device, and the model's own count of classes (`num_classes`, `num_labels`) follows.
+    The classifier is the layer that the model itself names (timm), that gives the labels (transformers), or that has a
+    classifier's name (`fc`, `classifier`, `head`, …; of a small network under such a name, its last linear layer), or
+    the only linear one, or the last layer of an `nn.Sequential`.  An earlier prompt head, or what was exported of one,
+    is found the same way.  The head is moved to the classifier's device.
+
+    - Classifiers whose logits the model averages (distilled models) are replaced together by the one head.
+    - Auxiliary classifiers of torchvision's GoogLeNet and Inception are switched off.
+    - In the place of a 1×1 convolution the head gives logits at every position.
+    - An activation behind the classifier in its `nn.Sequential` would cut logits off, and becomes `nn.Identity`.
+    - The model's own count of classes (`num_classes`, `num_labels`) follows; so do the names of the labels and the
+      problem type of a transformers config, so that the model computes a cross-entropy where it is given `labels=`.
 
     Args:
         model: a model of timm, torchvision or transformers, or any other; changed in place.
@@ -34,7 +42,8 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
         The model.
 
     Raises:
-        ValueError: no classifier, or several (they are listed); a width that does not fit.
+        ValueError: no classifier, or several (they are listed); a width that does not fit; a PEFT model, whose adapter
+            would not hold the head.  The model is then as it was.
         TypeError: a model or head that is no module; a named module that is no linear layer.
 
     >>> from torch import nn
@@ -49,27 +58,34 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     for argument, value in (("model", model), ("head", head)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"Expected `{argument}` to be a torch.nn.Module, but got {type(value).__name__}.")
-    found = _find(model) if name is None else _named(model, name)
-    old: Any = model.get_submodule(found)
-    width, needed = _width(model, old), getattr(head, "in_features", None)
-    if width is not None and needed is not None and width != needed:
+    found = find_classifiers(model) if name is None else [named_classifier(model, name)]
+    widths = {feature_width(model, model.get_submodule(place)) for place in found}
+    if len(widths) > 1:
         raise ValueError(
-            f"Expected a head for features of width {width}, which is what {type(model).__name__}.{found} takes, but "
-            f"this one takes {needed}; build it with in_features={width}."
+            f"{type(model).__name__} averages the logits of {', '.join(found)}, whose features have different widths; "
+            "one head cannot take them all. Name one (name=) to replace it alone, with as many outputs as before."
         )
+    for place in found:
+        _check_place(model, place, head)
+    old: Any = model.get_submodule(found[0])
     weight = next(old.parameters(), None)
-    if weight is not None:
+    if weight is not None and not weight.is_meta:
         head.to(weight.device)
     head.train(old.training)
-    _replace(model, {id(old): head})
-    parts = found.split(".")
-    for depth in range(len(parts)):
-        _follow_classes(model.get_submodule(".".join(parts[:depth])), head)
+    if not isinstance(old, nn.Identity):
+        new: Any = head
+        new.replaces_bias = getattr(old, "replaces_bias", getattr(old, "bias", None) is not None)
+    for place in found:
+        put(model, place, head if place == found[0] else SharedHead(head))
     return model
 
 
 def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     """Replaces every prompt head inside a model by its `export()`: plain layers, and no text encoder.
+
+    A head that is one linear map (`normalize=False`) becomes an `nn.Linear`, and what is saved of the model loads into
+    the original architecture.  Any other becomes several layers.  Their weights do not fit a linear layer, so that the
+    original architecture refuses them; load them with `load_exported`.
 
     Args:
         model: a model that holds prompt heads, or a head.
@@ -84,11 +100,50 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
-    exported = {id(head): head.export() for head in heads}
+    exported = {id(head): _exported(head) for head in heads}
     if not inplace:
         model = exported.get(id(model)) or copy.deepcopy(model, {**exported})
     _replace(model, exported)
-    return exported.get(id(model), model)
+    shared = [part for part in model.modules() if isinstance(part, SharedHead)]
+    layers = (exported.get(id(part.elsewhere[0]), part.elsewhere[0]) for part in shared)
+    _replace(model, {id(part): copy.deepcopy(layer) for part, layer in zip(shared, layers, strict=True)})
+    over_maps = {id(part): pointwise(part.head) for part in model.modules() if isinstance(part, PointwiseHead)}
+    _replace(model, over_maps)
+    return exported.get(id(model), over_maps.get(id(model), model))
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer where the classifier `name` is, wherever that stands; what belongs to the classifier follows."""
+    old: Any = model.get_submodule(name)
+    over_map = isinstance(old, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(layer, torch.fx.GraphModule)
+    _replace(model, {id(old): PointwiseHead(layer) if over_map else layer})
+    *parents, leaf = name.split(".")
+    parent = model.get_submodule(".".join(parents))
+    if isinstance(parent, nn.Sequential):
+        later = [*parent.named_children()][[*parent._modules].index(leaf) + 1 :]
+        for other, module in later:
+            if type(module).__module__ == activation.__name__:
+                setattr(parent, other, nn.Identity())
+    layer = layer.elsewhere[0] if isinstance(layer, SharedHead) else layer
+    for depth in range(len(parents) + 1):
+        owner: Any = model.get_submodule(".".join(parents[:depth]))
+        _follow_classes(owner, layer)
+        if getattr(owner, "aux_logits", False) is True and [*parents, leaf][depth] not in AUXILIARY:
+            owner.aux_logits = False
+            for auxiliary in AUXILIARY:
+                if hasattr(owner, auxiliary):
+                    setattr(owner, auxiliary, None)
+
+
+def _exported(head: OrdinalPromptHead) -> nn.Module:
+    """A head's export, in a form that the layer that it replaced takes whole, or not at all."""
+    layers = head.export()
+    wanted: bool | None = getattr(head, "replaces_bias", None)
+    if type(layers) is not nn.Linear or wanted is None or wanted == (layers.bias is not None):
+        return layers
+    if wanted:
+        return linear_layer(layers.weight, torch.zeros_like(layers.weight[:, 0]))
+    return no_linear_layer(nn.Sequential(layers)).eval()
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -99,109 +154,24 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 setattr(parent, leaf, replacements[id(child)])
 
 
-def _find(model: nn.Module) -> str:
-    candidates = _candidates(model)
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
+def _check_place(model: nn.Module, name: str, head: nn.Module) -> None:
+    """Raises ValueError where a head does not fit the place of a classifier."""
+    width, needed = feature_width(model, model.get_submodule(name)), getattr(head, "in_features", None)
+    if width is not None and needed is not None and width != needed:
         raise ValueError(
-            f"Found no linear classifier in {type(model).__name__}; pass name= with the name of the module to replace, "
-            "as in model.named_modules()."
+            f"Expected a head for features of width {width}, which is what {type(model).__name__}.{name} takes, but "
+            f"this one takes {needed}; build it with in_features={width}."
         )
-    listed = ", ".join(candidates[:MAX_LISTED]) + (", …" if len(candidates) > MAX_LISTED else "")
-    raise ValueError(
-        f"Found {len(candidates)} modules in {type(model).__name__} that may be the classifier: {listed}; pass name= "
-        "with the one to replace."
-    )
-
-
-def _candidates(model: nn.Module) -> list[str]:
-    """Names of the linear layers that may be the classifier, the likeliest kind only."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    own = config.get("classifier") if isinstance(config, dict) else None
-    if own:  # timm
-        names = [own] if isinstance(own, str) else list(own)
-        names = [name for name in names if _submodule(model, name) is not None]
-        if all(isinstance(_submodule(model, name), (nn.Linear, nn.Identity, OrdinalPromptHead)) for name in names):
-            return names
-    linear = [
-        name for name, module in model.named_modules() if name and _is_linear(module) and not _inside_head(model, name)
-    ]
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    if classes is not None:  # transformers: the one layer outside the base model that gives the labels
-        base = [*getattr(model, "base_model", model).modules()]
-        outside = [name for name in linear if model.get_submodule(name) not in base]
-        named = [name for name in outside if getattr(model.get_submodule(name), "out_features", None) == classes]
-        if len(named) == 1:
-            return named
-    groups: dict[str, str] = {}  # the module with a classifier's name: its last linear layer
-    for name in linear:
-        parts = name.split(".")
-        named = [i for i, part in enumerate(parts) if part in CLASSIFIER_NAMES]
-        if named:
-            groups[".".join(parts[: named[0] + 1])] = name
-    if groups:
-        depth = min(name.count(".") for name in groups)
-        return [layer for name, layer in groups.items() if name.count(".") == depth]
-    last = _last_of_sequential(model)
-    return [last] if last in linear else linear
-
-
-def _last_of_sequential(model: nn.Module) -> str:
-    name, module = "", model
-    while isinstance(module, nn.Sequential) and len(module):
-        leaf, module = [*module.named_children()][-1]
-        name = f"{name}.{leaf}" if name else leaf
-    return name
-
-
-def _named(model: nn.Module, name: str) -> str:
-    module = _submodule(model, name)
-    if not name or module is None:
-        known = ", ".join(_candidates(model)[:MAX_LISTED]) or "none found"
+    if hasattr(model, "peft_config") and "modules_to_save" not in name:
+        layer = name.removeprefix("base_model.model.").split(".")[0]
         raise ValueError(
-            f"{type(model).__name__} has no module named {name!r}; candidates for the classifier: {known}."
+            f"{type(model).__name__} saves its adapter alone, and the head would be lost. Replace the head first, then "
+            f"add the adapter, with modules_to_save=[{layer!r}] in its config."
         )
-    if isinstance(module, nn.Sequential):
-        linear = [leaf for leaf, layer in module.named_modules() if leaf and _is_linear(layer)]
-        if len(linear) == 1:
-            return f"{name}.{linear[0]}"
-    if not _is_linear(module) and not isinstance(module, nn.Identity):
-        raise TypeError(
-            f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__name__}; name "
-            "the linear layer itself."
-        )
-    return name
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, OrdinalPromptHead))
-
-
-def _inside_head(model: nn.Module, name: str) -> bool:
-    """Whether a layer is part of a prompt head."""
-    parts = name.split(".")
-    parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    return any(isinstance(parent, OrdinalPromptHead) for parent in parents)
-
-
-def _width(model: nn.Module, old: Any) -> int | None:
-    """Width of the features that reach the classifier, where it is known."""
-    width = getattr(old, "in_features", None)
-    if width is None and isinstance(old, nn.Identity):  # timm with num_classes=0
-        width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
-    return width if isinstance(width, int) else None
 
 
 def _follow_classes(model: Any, head: nn.Module) -> None:
-    count = getattr(head, "num_ranks", getattr(head, "out_features", None))
+    count = num_outputs(head)
     if count is None:
         return
     for attribute in ("num_classes", "num_labels"):
@@ -209,4 +179,10 @@ def _follow_classes(model: Any, head: nn.Module) -> None:
             setattr(model, attribute, count)
     config: Any = getattr(model, "config", None)
     if isinstance(getattr(config, "num_labels", None), int):
-        config.num_labels = count
+        config.num_labels = count  # also makes names of the labels
+        if hasattr(config, "problem_type") and count > 1:
+            config.problem_type = "single_label_classification"
+        names = getattr(head, "rank_names", None)
+        if names:
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: index for index, name in enumerate(names)}

@@ -37,7 +37,7 @@ NAMES = ("bad", "fair", "good", "great")
 def write_features(path: Path, **changes: Any) -> Path:
     """Features in which the rank is a direction, and noise."""
     generator = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, number in PARTS.items():
         labels = np.arange(number) % K
         features = generator.normal(size=(number, D)) + labels[:, None] * np.linspace(-1, 1, D)
@@ -86,7 +86,12 @@ def test_finished_runs_are_not_repeated_and_a_torn_line_is(compare: Any, monkeyp
     path = compare.output / "runs.csv"
     path.write_text(path.read_text()[:-20])
     done = []
-    monkeypatch.setattr(script, "run", lambda *given: done.append(given) or protocol.run(*given))
+
+    def counted(*given: Any) -> Any:
+        done.append(given)
+        return protocol.run(*given)
+
+    monkeypatch.setattr(script, "run", counted)
     after = compare("--heads", "linear", "corn")
     assert len(done) == 1
     pd.testing.assert_frame_equal(after.drop(columns="seconds"), before.drop(columns="seconds"))
@@ -139,7 +144,11 @@ def test_an_estimator_is_fitted_once_on_the_training_subset() -> None:
     seen = []
 
     def perfect(_: task.Task) -> protocol.Estimator:
-        return protocol.Estimator(lambda x, y: seen.append((len(x), y.tolist())) or (lambda features: features))
+        def fit(x: torch.Tensor, y: torch.Tensor) -> Any:
+            seen.append((len(x), y.tolist()))
+            return lambda features: features
+
+        return protocol.Estimator(fit)
 
     result = protocol.run(
         perfect, task.Task("t", given, labels, torch.arange(float(K))), torch.tensor([1, 2]), 0, protocol.Budget()

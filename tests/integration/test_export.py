@@ -79,6 +79,37 @@ def test_exports_survive_every_road_out(kind: str, clip: Any) -> None:
     torch.testing.assert_close(torch.compile(exported, backend="eager", fullgraph=True)(features), expected)
 
 
+@pytest.mark.parametrize("opset", [None, 17, 18, 20, 22, 23])
+@pytest.mark.parametrize("in_features", [None, 7])
+def test_onnx_keeps_the_meaning_at_every_opset(opset: int | None, in_features: int | None, clip: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    head = op.OrdinalPromptHead(clip, 5, in_features=in_features).eval()
+    features = torch.randn(9, head.in_features)
+    features *= torch.tensor([1, 0, 1e-30, 1e-20, 1e-16, 1e-8, 1e-3, 1e8, 1e17])[:, None]
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(
+        head.export(), (features[:2],), dynamo=True, opset_version=opset, dynamic_shapes=batch, verbose=False
+    )
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: features.numpy()})
+    expected = head(features).detach()
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_in_half_precision(kind: str, clip: Any) -> None:
+    head = heads(clip)[kind].eval()
+    features = torch.randn(8, 12) * torch.tensor([1.0, 100.0])[:, None].repeat(4, 1)
+    one_hot = 100 * torch.eye(12)
+    features = torch.cat([features, one_hot, torch.zeros(1, 12)])
+    for dtype in (torch.float16, torch.bfloat16):
+        exported = head.export().to(dtype)
+        expected = head(features).detach()
+        error = (exported(features.to(dtype)).float() - expected).abs() / expected.abs().max()
+        assert error.max() < (0.01 if dtype == torch.float16 else 0.05)
+
+
 def test_exported_prototypes_survive_too(clip: Any) -> None:
     layer, features = op.OrdinalPromptHead(clip, 5).export_prototypes(), torch.randn(4, 12)
     expected = layer(features)
@@ -143,3 +174,17 @@ def test_exports_of_other_precisions(dtype: torch.dtype, clip: Any) -> None:
     features = torch.randn(3, 7)
     exported = head.export()
     torch.testing.assert_close(exported(features.to(dtype)).float(), head(features.to(dtype)).float(), rtol=0, atol=0.3)
+
+
+def test_tools_that_trace_quantize_or_script_a_model_are_told_to_export_first(clip: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 7), op.OrdinalPromptHead(clip, 5, in_features=7)).eval()
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    with pytest.raises(TypeError, match=r"call op.export_heads\(model\) before you quantize"):
+        quantize(model, {nn.Linear})(torch.randn(2, 6))
+    with pytest.raises(TypeError, match=r"cannot be traced by torch.fx .* Call op.export_heads\(model\) first"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(TypeError, match=r"cannot be scripted; call op.export_heads"):
+        torch.jit.script(model)
+    op.export_heads(model)
+    torch.jit.script(torch.fx.symbolic_trace(model))
+    assert quantize(model, {nn.Linear})(torch.randn(2, 6)).shape == (2, 5)

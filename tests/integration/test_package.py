@@ -68,23 +68,21 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def load(*_: Any, **__: Any) -> Any:
         return clip, open_clip.get_tokenizer("ViT-B-32")
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "quality", "is", "bad", "fair", "good", "."]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", load)
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) >= 4
-    namespace: dict[str, Any] = {"vocab_file": str(tmp_path / "vocab.txt")}
+    namespace: dict[str, Any] = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert not any(isinstance(module, op.OrdinalPromptHead) for module in namespace["model"].modules())
     assert namespace["ages"].shape == (2,)
 
 
-def test_numbers_of_learned_values_in_the_readme() -> None:
+def test_numbers_of_learned_values_in_the_architecture_page() -> None:
     head = op.OrdinalPromptHead(tiny_clip(embed_dim=512, width=512, heads=8), 101)
     learned = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
-    table = (ROOT / "README.md").read_text()
+    table = (ROOT / "ARCHITECTURE.md").read_text()
     assert f"| {learned:,} |" in table
     assert f"{torch.nn.Linear(512, 101).weight.numel() + 101:,}" in table
 

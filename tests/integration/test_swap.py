@@ -121,6 +121,116 @@ def test_counts_of_classes_follow_in_wrappers() -> None:
     assert model.inner.num_classes == 5
 
 
+def test_all_classifiers_whose_logits_are_averaged_get_the_one_head(clip: Any) -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32).eval()
+    head = op.OrdinalPromptHead(clip, 5, in_features=192)
+    op.replace_head(model, head)
+    images, features = torch.randn(2, 3, 32, 32), []
+    model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    model.head_dist.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    logits = model(images)
+    torch.testing.assert_close(logits, (head(features[0]) + head(features[1])) / 2)
+    assert not any("dist.prompt" in name or "head_dist.projection" in name for name in model.state_dict())
+    for copied in (op.export_heads(model, inplace=False), op.export_heads(model)):
+        torch.testing.assert_close(copied(images), logits)
+    again = op.load_exported(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32), model.state_dict())
+    torch.testing.assert_close(again(images), logits)
+    op.replace_head(model, op.OrdinalPromptHead(clip, 7, in_features=192))  # both of the exported ones, whole
+    assert model(images).shape == (2, 7)
+
+
+def test_averaged_classifiers_of_different_widths_are_refused_before_anything_changes() -> None:
+    model = timm.create_model("crossvit_tiny_240")
+    before = str(model)
+    with pytest.raises(ValueError, match=r"averages the logits of head.0, head.1, .* one head cannot take"):
+        op.replace_head(model, nn.Linear(96, 5))
+    assert str(model) == before
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_classifiers_are_switched_off(name: str) -> None:
+    model = torchvision.models.get_model(name, weights=None, init_weights=False)
+    op.replace_head(model, nn.Linear(model.fc.in_features, 5)).train()
+    assert model(torch.randn(2, 3, 299, 299)).shape == (2, 5)
+
+
+def test_an_auxiliary_classifier_that_is_named_is_replaced() -> None:
+    model = torchvision.models.get_model("googlenet", weights=None, init_weights=False)
+    op.replace_head(model, nn.Linear(1024, 5), name="aux1.fc2")
+    assert model.aux1.fc2.out_features == 5
+
+
+@pytest.mark.parametrize("make", [torchvision.models.squeezenet1_1, lambda: timm.create_model("dla46x_c")])
+def test_a_pointwise_convolution_is_replaced_at_every_position(make: Any, clip: Any) -> None:
+    model, images = make().eval(), torch.randn(2, 3, 64, 64)
+    place = "classifier.1" if hasattr(model, "classifier") else "fc"
+    width = at(model, place).in_channels
+    seen: list[Any] = []
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5, in_features=width))
+    at(model, place).register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    logits = model(images)
+    assert logits.shape == (2, 5)
+    if hasattr(model, "classifier"):
+        assert type(model.classifier[2]) is nn.Identity  # an activation would cut logits off
+    features, output = seen[0]
+    pixels = features.permute(0, 2, 3, 1).reshape(-1, width)
+    torch.testing.assert_close(output.permute(0, 2, 3, 1).reshape(-1, 5), at(model, place).head(pixels))
+    op.export_heads(model)
+    torch.testing.assert_close(model(images), logits)
+    torch.testing.assert_close(op.load_exported(make(), model.state_dict())(images), logits)
+    op.replace_head(model, op.OrdinalPromptHead(clip, 7, in_features=width))
+    assert model(images).shape == (2, 7)
+
+
+def test_an_export_is_replaced_whole(clip: Any) -> None:
+    for head in (
+        op.OrdinalPromptHead(clip, 5, in_features=512),
+        op.OrdinalPromptHead(clip, 5, in_features=512, normalize=False),
+    ):
+        model = timm.create_model("resnet18")
+        op.export_heads(op.replace_head(model, head))
+        new = op.OrdinalPromptHead(clip, 7, in_features=512)
+        assert op.replace_head(model, new).fc is new
+
+
+def test_transformers_names_the_ranks_and_computes_a_cross_entropy(tokenizer: Any, clip: Any) -> None:
+    options: Any = {**SIZES, "num_labels": 1, "problem_type": "regression"}
+    config = transformers.BertConfig(**options)
+    model = transformers.BertForSequenceClassification(config).eval()
+    names = ["bad", "fair", "good"]
+    head = op.OrdinalPromptHead(clip, names, tokenizer=tokenizer, context="it is", in_features=16)
+    op.replace_head(model, head)
+    assert model.config.id2label == dict(enumerate(names))
+    assert model.config.label2id == {"bad": 0, "fair": 1, "good": 2}
+    output = model(torch.tensor([[5, 6, 7], [5, 6, 8]]), labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, torch.tensor([0, 2])))
+
+
+def test_a_model_on_the_meta_device_leaves_the_head_its_weights(clip: Any) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    head = op.OrdinalPromptHead(clip, 5, in_features=512)
+    op.replace_head(model, head)
+    assert not any(parameter.is_meta for parameter in head.parameters())
+
+
+def test_a_peft_model_whose_adapter_would_not_hold_the_head(clip: Any) -> None:
+    import peft
+
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(
+        ValueError, match=r"head would be lost. Replace the head first, .* modules_to_save=\['classifier'"
+    ):
+        op.replace_head(model, op.OrdinalPromptHead(clip, 5, in_features=16))
+    kept: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    head = op.OrdinalPromptHead(clip, 5, in_features=16)
+    op.replace_head(kept, head)
+    saved = peft.get_peft_model_state_dict(kept)
+    assert any("rank_embeddings" in name for name in saved)
+    assert kept(torch.tensor([[5, 6, 7]])).logits.shape == (1, 5)
+
+
 def test_a_prompt_head_replaces_and_is_replaced(clip: Any) -> None:
     model = Plain(body=nn.Linear(4, 12), fc=nn.Linear(12, 1000)).eval()
     op.replace_head(model, op.OrdinalPromptHead(clip, 5))
@@ -134,15 +244,13 @@ def test_a_prompt_head_replaces_and_is_replaced(clip: Any) -> None:
 def test_no_candidate() -> None:
     with pytest.raises(ValueError, match="no linear classifier in Conv2d; pass name="):
         op.replace_head(nn.Conv2d(1, 1, 1), nn.Linear(1, 5))
-    with pytest.raises(ValueError, match="no linear classifier in SqueezeNet"):
-        op.replace_head(torchvision.models.squeezenet1_1(), nn.Linear(512, 5))
+    with pytest.raises(ValueError, match="no linear classifier in Sequential"):
+        op.replace_head(nn.Sequential(nn.Conv2d(1, 1, 3)), nn.Linear(1, 5))
 
 
 def test_several_candidates_are_listed() -> None:
     with pytest.raises(ValueError, match="Found 2 modules in Plain that may be the classifier: one, two; pass name="):
         op.replace_head(Plain(one=nn.Linear(4, 4), two=nn.Linear(4, 2)), nn.Linear(4, 5))
-    with pytest.raises(ValueError, match="2 modules .* head, head_dist"):
-        op.replace_head(timm.create_model("deit_tiny_distilled_patch16_224"), nn.Linear(192, 5))
 
 
 def test_a_width_that_does_not_fit(clip: Any) -> None:
@@ -156,7 +264,7 @@ def test_a_width_that_does_not_fit(clip: Any) -> None:
 
 
 def test_wrong_names_and_kinds() -> None:
-    model = Plain(conv=nn.Conv2d(1, 1, 1), fc=nn.Linear(4, 2))
+    model = Plain(conv=nn.Conv2d(1, 1, 3), fc=nn.Linear(4, 2))
     with pytest.raises(ValueError, match="no module named 'fcc'; candidates for the classifier: fc"):
         op.replace_head(model, nn.Linear(4, 5), name="fcc")
     with pytest.raises(TypeError, match="Plain.conv to be a linear layer, but it is a Conv2d"):

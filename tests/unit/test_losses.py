@@ -79,6 +79,9 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.tensor([0, 1, 2])
         (LOGITS, torch.tensor([0, 1, 4]), ValueError, r"labels in 0…3 for 4 ranks, but got 0…4"),
         (LOGITS, torch.tensor([-1, 1, 2]), ValueError, r"got -1…2"),
         (LOGITS, torch.tensor([0.0, 1.0, 2.0]), TypeError, "map your rank values"),
+        (LOGITS, torch.eye(4)[:3] * 2, ValueError, "each summing to one"),
+        (LOGITS, torch.eye(4)[:3].long(), ValueError, r"got labels of shape \(3, 4\), torch.int64"),
+        (LOGITS, torch.tensor([[0, 1], [2, 1], [1, 1]]), ValueError, "some end before they start"),
         (LOGITS, torch.tensor([True, False, True]), TypeError, "integer rank indices"),
         (LOGITS, torch.tensor([[0, 1, 2]]), ValueError, "one label for each row"),
         (LOGITS, [0, 1, 2], TypeError, "`labels` to be a tensor, but got list"),
@@ -112,6 +115,108 @@ def test_rank_weights_must_fit() -> None:
         op.OrdinalPromptLoss(rank_weights=[1, 1, 1])(LOGITS, LABELS)
 
 
+def both(loss: Any, logits: Tensor, *labels: Any) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient."""
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, *labels)
+    value.backward()
+    assert logits.grad is not None
+    return value.detach(), logits.grad
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_weights": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1}])
+def test_one_hot_distributions_ranges_of_one_rank_and_equal_weights_give_the_loss_of_indices(options: Any) -> None:
+    logits, labels = 3 * torch.randn(7, 4), torch.randint(4, (7,))
+    expected = both(op.OrdinalPromptLoss(**options), logits, labels)
+    kinds = (F.one_hot(labels, 4).float(),), (torch.stack([labels, labels], 1),), (labels, torch.full((7,), 3.0))
+    for kind in kinds:
+        torch.testing.assert_close(both(op.OrdinalPromptLoss(**options), logits, *kind), expected)
+    values = torch.tensor([1.0, 1.5, 2.0, 4.0])
+    torch.testing.assert_close(
+        both(op.OrdinalPromptLoss(**options, rank_values=values), logits, values[labels]), expected
+    )
+
+
+def test_distributions_against_a_loop() -> None:
+    logits, votes = torch.randn(5, 4).double(), torch.rand(5, 4).double()
+    votes /= votes.sum(1, keepdim=True)
+    loss = -sum(votes[i, k] * logits[i].log_softmax(0)[k] for i in range(5) for k in range(4)) / 5
+    terms = op.OrdinalPromptLoss().terms(logits, votes)
+    torch.testing.assert_close(terms["ce"], loss)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, votes))
+    total, weight = torch.zeros(()).double(), 0.0
+    for k in range(4):
+        target = (10 * votes[:, k]).softmax(0)
+        total += votes[:, k].max() * (target * (target.log() - logits[:, k].log_softmax(0))).sum()
+        weight += float(votes[:, k].max())
+    torch.testing.assert_close(terms["kl"], total / weight)
+
+
+def test_of_a_range_the_whole_probability_counts() -> None:
+    logits, ranges = torch.randn(3, 4), torch.tensor([[0, 1], [2, 2], [0, 3]])
+    probs = logits.softmax(1)
+    inside = torch.stack([probs[0, :2].sum(), probs[1, 2], torch.ones(())])
+    torch.testing.assert_close(cross_entropy_loss(logits, ranges), -inside.log().mean())
+    values = op.OrdinalPromptLoss(kl_weight=0, rank_values=[10, 20, 30, 50])
+    given = torch.tensor([[10, 20], [30, 30], [10, 50]])
+    torch.testing.assert_close(values(logits, given), -inside.log().mean())
+
+
+@pytest.mark.parametrize("rank_weights", [None, [1.0, 2.0, 0.5, 3.0]])
+def test_missing_labels_and_weight_zero_leave_samples_out(rank_weights: Any) -> None:
+    logits, labels = 50 * torch.randn(6, 4), torch.tensor([0, -100, 3, 1, -100, 1])
+    there = labels >= 0
+    expected = op.OrdinalPromptLoss(rank_weights=rank_weights)(logits[there], labels[there])
+    loss = op.OrdinalPromptLoss(rank_weights=rank_weights, ignore_index=-100)
+    value, gradient = both(loss, logits, labels)
+    torch.testing.assert_close(value, expected)
+    assert (gradient[~there] == 0).all()
+    value, gradient = both(op.OrdinalPromptLoss(rank_weights=rank_weights), logits, labels.clamp(0), there.float())
+    torch.testing.assert_close(value, expected)
+    assert (gradient[~there] == 0).all()
+    value, gradient = both(loss, logits, torch.full((6,), -100))
+    assert value == 0
+    assert (gradient == 0).all()
+    with pytest.raises(ValueError, match="got -100…3"):
+        op.OrdinalPromptLoss()(logits, labels)
+
+
+def test_sample_weights_are_those_of_repeated_samples() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    times = torch.tensor([1, 3, 2, 1])
+    ce = cross_entropy_loss(logits.repeat_interleave(times, 0), labels.repeat_interleave(times))
+    torch.testing.assert_close(cross_entropy_loss(logits, labels, sample_weight=times), ce)
+    with pytest.raises(ValueError, match="one `sample_weight` for each sample, none negative"):
+        op.OrdinalPromptLoss()(logits, labels, -times)
+
+
+def test_values_are_never_taken_for_indices() -> None:
+    loss = op.OrdinalPromptLoss(rank_values=[1, 2, 3, 4])
+    torch.testing.assert_close(
+        loss(LOGITS, torch.tensor([1, 2, 4])), op.OrdinalPromptLoss()(LOGITS, torch.tensor([0, 1, 3]))
+    )
+    with pytest.raises(ValueError, match=r"values of ranks, 1 to 4, but got 0 \(1 of 3 labels fit no rank\)"):
+        loss(LOGITS, LABELS)
+    with pytest.raises(ValueError, match="4 `rank_values` for 4 ranks, but got 3"):
+        op.OrdinalPromptLoss(rank_values=[1, 2, 3])(LOGITS, LABELS)
+    with pytest.raises(ValueError, match="increasing `rank_values`"):
+        op.OrdinalPromptLoss(rank_values=[1, 3, 2])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 3]])
+def test_gradient_accumulation_of_transformers_gives_the_loss_of_the_whole_batch(sizes: list[int]) -> None:
+    logits, labels = torch.randn(8, 4), torch.randint(4, (8,))
+    loss = op.OrdinalPromptLoss(kl_weight=0)
+    parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
+    total = sum(loss(part, own, num_items_in_batch=torch.tensor(8)) for part, own in parts)
+    torch.testing.assert_close(total, loss(logits, labels))
+
+    class Output(dict[str, Tensor]):
+        logits = torch.randn(8, 4)
+
+    torch.testing.assert_close(loss(Output(), labels), loss(Output.logits, labels))
+
+
 def _process(rank: int, sizes: list[int], folder: str) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), len(sizes))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(sizes))
@@ -119,7 +224,8 @@ def _process(rank: int, sizes: list[int], folder: str) -> None:
     start = sum(sizes[:rank])
     part = slice(start, start + sizes[rank])
     weight = batch["weight"].clone().requires_grad_()
-    terms = op.OrdinalPromptLoss().terms(batch["features"][part] @ weight, batch["labels"][part])
+    loss = op.OrdinalPromptLoss(ignore_index=batch["ignore_index"])
+    terms = loss.terms(batch["features"][part] @ weight, batch["labels"][part])
     terms["kl"].backward()
     dist.all_reduce(weight.grad)
     torch.save((terms["kl"].detach(), weight.grad / len(sizes)), os.path.join(folder, f"{rank}.pt"))
@@ -127,16 +233,20 @@ def _process(rank: int, sizes: list[int], folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missing", [[], [2, 6], [4, 5, 6, 7], [*range(8)]])
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 2, 1]])
-def test_processes_see_the_global_batch(sizes: list[int], tmp_path: Any) -> None:
+def test_processes_see_the_global_batch(sizes: list[int], missing: list[int], tmp_path: Any) -> None:
     weight = torch.randn(6, 4, dtype=torch.float64)
-    batch = {"weight": weight, "features": torch.randn(8, 6, dtype=torch.float64), "labels": torch.randint(4, (8,))}
-    torch.save(batch, tmp_path / "batch.pt")
+    labels = torch.randint(4, (8,))
+    labels[missing] = -100
+    batch = {"weight": weight, "features": torch.randn(8, 6, dtype=torch.float64), "labels": labels}
+    torch.save({**batch, "ignore_index": -100 if missing else None}, tmp_path / "batch.pt")
     torch.multiprocessing.spawn(_process, args=(sizes, str(tmp_path)), nprocs=len(sizes))
-    weight = weight.clone().requires_grad_()
-    expected = kl_loss(batch["features"] @ weight, batch["labels"])
+    weight, there = weight.clone().requires_grad_(), labels >= 0
+    expected = kl_loss(batch["features"] @ weight, labels.clamp(0), sample_weight=there.double())
     expected.backward()
     for rank in range(len(sizes)):
         loss, gradient = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradient, weight.grad)
+        assert bool(there.any()) or loss == 0

@@ -216,7 +216,7 @@ def test_forward_on_the_meta_device() -> None:
     head = op.OrdinalPromptHead(tiny_clip(), 5, device="meta")
     for mode in (True, False, False):
         assert head.train(mode)(FEATURES.to("meta")).is_meta
-    assert op.OrdinalPromptHead(tiny_clip().to("meta"), 5).eval().export()[1].weight.is_meta
+    assert op.OrdinalPromptHead(tiny_clip().to("meta"), 5).eval().export()[-1].weight.is_meta
 
 
 def test_building_under_a_default_device() -> None:

@@ -1,0 +1,85 @@
+"""Cached CLIP features and a prompt head: ten lines of training, on pictures of your own.
+
+    python examples/clip_features.py --data faces/ --clip ViT-B-32 --weights laion2b_s34b_b79k --context "a face aged"
+    python examples/clip_features.py --data ratings.csv --rank-names poor fair good --weights checkpoint.pt
+
+Data is a folder with one folder of images for each rank, or a CSV file with the columns `path` (beside the file) and
+`label`.  Features are computed once and kept beside OUTPUT's exported head; without `--weights` they are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from ordered_data import check_images, open_image, rank_labels, read_images, split
+from runs import in_one_sentence, metrics, plot, report, weights
+from torch import Tensor
+
+import ordinal_prompt as op
+
+
+@torch.no_grad()
+def image_features(model: Any, transform: Any, paths: list[str], white: float, cache: Path) -> Tensor:
+    """Unit-norm features (N, D), computed once."""
+    features: Tensor
+    if cache.exists():
+        features = torch.load(cache)
+        return features
+    batches = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+    images = (torch.stack([transform(open_image(path, white)) for path in batch]) for batch in batches)
+    features = torch.cat([model.encode_image(batch, normalize=True) for batch in images])
+    torch.save(features, cache)
+    return features
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--data", required=True, type=Path, help="a folder with one folder for each rank, or a CSV file"
+    )
+    parser.add_argument("--rank-names", nargs="+", help="the labels, lowest first; label=name: another name in prompts")
+    parser.add_argument("--clip", default="ViT-B-32", help="an open_clip model; default %(default)s")
+    parser.add_argument("--weights", help="a pretrained tag of open_clip, or a file")
+    parser.add_argument("--context", default="a photo of {} quality", help="default %(default)s")
+    parser.add_argument("--shots", type=int, help="training images per rank")
+    parser.add_argument("--output", type=Path, default=Path("outputs/clip"))
+    options = parser.parse_args()
+    paths, labels = read_images(options.data)
+    _, fingerprints, white = check_images(paths)
+    names, values, indices = rank_labels(labels, options.rank_names)
+    training, _, test = split(indices, paths, keys=fingerprints, shots=options.shots)
+
+    model, _, transform = open_clip.create_model_and_transforms(options.clip, pretrained=options.weights)
+    options.output.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(repr((options.clip, options.weights, fingerprints)).encode()).hexdigest()[:16]
+    features = image_features(model.eval(), transform, paths, white, options.output / f"features-{key}.pt")
+    ranks = torch.from_numpy(indices)
+
+    head = op.OrdinalPromptHead(
+        model, names, tokenizer=open_clip.get_tokenizer(options.clip), rank_values=values, context=options.context,
+        **op.recipe(names, prompts="frozen"),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(op.parameter_groups(head, lr=1e-3))
+    for _ in range(100):
+        loss = head.loss()(head(features[training]), ranks[training])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        logits = head.eval()(features[test])
+    report(options.output, {"prompt": metrics(logits, ranks[test], head.rank_values.tolist())})
+    plot(options.output / "prompt.png", logits, ranks[test], weights(head), names, "prompt head")
+    exported = head.export()
+    torch.testing.assert_close(exported(features[test]), logits, rtol=1e-3, atol=1e-3)
+    torch.save(exported, options.output / "head.pt")
+    print(f"exported: {options.output / 'head.pt'}, which torch.load(…, weights_only=False) gives back")
+
+
+if __name__ == "__main__":
+    in_one_sentence(main)

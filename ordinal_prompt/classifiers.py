@@ -1,0 +1,172 @@
+"""Where a model's classifier is: the linear layer, or the 1×1 convolution, that gives its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ordinal_prompt.export import stands_for_linear
+from ordinal_prompt.head import OrdinalPromptHead
+from ordinal_prompt.places import SharedHead
+
+# What timm, torchvision, transformers and most plain models call their classifier.
+CLASSIFIER_NAMES = frozenset(
+    ["fc", "classifier", "head", "heads", "score", "last_linear", "classification_head", "output_layer", "lin_cls"]
+)
+MAX_LISTED = 12
+
+
+def find_classifiers(model: nn.Module) -> list[str]:
+    """The name of the classifier; several names where the model takes the logits of several together.
+
+    Raises:
+        ValueError: no classifier, or several that are not known to belong together (they are listed).
+    """
+    own = _named_by_timm(model) or _named_by_transformers(model)
+    if own:
+        return own
+    candidates = _candidates(model)
+    if len(candidates) == 1:
+        return candidates
+    if not candidates:
+        raise ValueError(
+            f"Found no linear classifier in {type(model).__name__}; pass name= with the name of the module to replace, "
+            "as in model.named_modules()."
+        )
+    raise ValueError(
+        f"Found {len(candidates)} modules in {type(model).__name__} that may be the classifier: {_listed(candidates)}; "
+        "pass name= with the one to replace."
+    )
+
+
+def named_classifier(model: nn.Module, name: str) -> str:
+    """The classifier of this name, or the only one inside the module of this name.
+
+    Raises:
+        ValueError: no such module.
+        TypeError: a module that is no classifier.
+    """
+    module = submodule(model, name)
+    if not name or module is None:
+        known = _listed(_named_by_timm(model) or _named_by_transformers(model) or _candidates(model)) or "none found"
+        raise ValueError(
+            f"{type(model).__name__} has no module named {name!r}; candidates for the classifier: {known}."
+        )
+    if isinstance(module, nn.Identity) or is_classifier(module):
+        return name
+    inside = _classifiers(module)
+    if isinstance(module, nn.Sequential) and len(inside) == 1:
+        return f"{name}.{inside[0]}"
+    raise TypeError(
+        f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__name__}; name "
+        "the linear layer itself."
+    )
+
+
+def is_classifier(module: Any) -> bool:
+    """Whether a module may be a classifier: a linear map at every position, or what stands for one."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return set(module.kernel_size) == set(module.stride) == {1} and module.groups == 1
+    return isinstance(module, (nn.Linear, OrdinalPromptHead, SharedHead)) or stands_for_linear(module)
+
+
+def feature_width(model: nn.Module, classifier: Any) -> int | None:
+    """Width of the features that reach the classifier, where it is known."""
+    width = getattr(classifier, "in_features", getattr(classifier, "in_channels", None))
+    if width is None and isinstance(classifier, nn.Identity):  # timm with num_classes=0
+        width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    elif width is None and isinstance(classifier, nn.Sequential):
+        first = classifier[0]
+        width = first.normalized_shape[0] if isinstance(first, nn.RMSNorm) else getattr(first, "in_features", None)
+    return width if isinstance(width, int) else None
+
+
+def num_outputs(classifier: Any) -> int | None:
+    """K, where it is known."""
+    if isinstance(classifier, torch.fx.GraphModule):
+        classifier = classifier.head
+    if isinstance(classifier, nn.Sequential):
+        classifier = classifier[-1]
+    count = getattr(classifier, "num_ranks", getattr(classifier, "out_features", None))
+    return count if isinstance(count, int) else None
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name, or None."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _named_by_timm(model: nn.Module) -> list[str]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    own = config.get("classifier") if isinstance(config, dict) else None
+    names = []
+    for name in [own] if isinstance(own, str) else own or []:
+        module = submodule(model, name)
+        if module is None:
+            continue
+        inside = [] if is_classifier(module) else _classifiers(module)  # of one that was replaced
+        names.append(f"{name}.{inside[0]}" if len(inside) == 1 else name)
+    fits = all(isinstance(module := submodule(model, name), nn.Identity) or is_classifier(module) for name in names)
+    return names if fits else []
+
+
+def _named_by_transformers(model: nn.Module) -> list[str]:
+    """The layers outside the base model that give the labels; of two such (distillation), the logits are averaged."""
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if classes is None:
+        return []
+    base = [*getattr(model, "base_model", model).modules()]
+    outside = [name for name in _linear(model) if model.get_submodule(name) not in base]
+    named = [name for name in outside if num_outputs(model.get_submodule(name)) == classes]
+    together = all("classifier" in name or "head" in name for name in named)
+    return named if together or len(named) == 1 else []
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """Names of the layers that may be the classifier, the likeliest kind only."""
+    linear = _linear(model)
+    pointwise = [name for name in _classifiers(model) if name not in linear]
+    groups: dict[str, str] = {}  # the module with a classifier's name: its last linear layer
+    for name in linear or pointwise[-1:]:
+        parts = name.split(".")
+        named = [i for i, part in enumerate(parts) if part in CLASSIFIER_NAMES]
+        if named:
+            groups[".".join(parts[: named[0] + 1])] = name
+    if groups:
+        depth = min(name.count(".") for name in groups)
+        return [layer for name, layer in groups.items() if name.count(".") == depth]
+    last = _last_of_sequential(model)
+    return [last] if last in linear else linear
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """Names of all layers that may be a classifier, but for those inside of one."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names[-1:])
+        replaced = "original_module" in name.split(".")  # PEFT keeps what it trains a copy of
+        if name and not inside and not replaced and is_classifier(module):
+            names.append(name)
+    return names
+
+
+def _linear(model: nn.Module) -> list[str]:
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [name for name in _classifiers(model) if not isinstance(model.get_submodule(name), convolutions)]
+
+
+def _last_of_sequential(model: nn.Module) -> str:
+    name, module = "", model
+    while isinstance(module, nn.Sequential) and len(module) and not is_classifier(module):
+        leaf, module = [*module.named_children()][-1]
+        name = f"{name}.{leaf}" if name else leaf
+    return name
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (", …" if len(names) > MAX_LISTED else "")

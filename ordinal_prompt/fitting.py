@@ -1,0 +1,271 @@
+"""A head fitted to cached features in closed loop: no validation data, no learning rate, no seed.
+
+The weights of the head are those of the prototypes plus a deviation, W = s·T + Δ, and the fit is their maximum a
+posteriori: the cross-entropy of the training labels, plus a prior of fixed size, which fades as labels come.  The prior
+says that Δ is small, that it changes little from one rank to the next (the numerical continuity of OrdinalCLIP, section
+3.3, as a Gaussian on differences), and that the prototypes weigh about as much as they usually do.  A prior around the
+weights of the class names is that of CLAP (Silva-Rodríguez et al., CVPR 2024); there it is a constraint per class.
+
+For features outside the text encoder's space language says nothing about Δ; what is left is a penalised linear head
+whose neighbouring ranks are tied.  `benchmarks/heads/RESULTS.md` says on which data the four numbers were chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ordinal_prompt.arrays import Labels, label_tensor, number_tensor
+from ordinal_prompt.head import LOGIT_SPREAD, OrdinalPromptHead
+from ordinal_prompt.matching import check_features, log_scale_of_spread
+
+FOREIGN_SCALE = 20.0  # of deviations from zero, on features of unit norm
+SCALE_SD = 0.25  # of the log of the scale
+EXACT = 2e8  # products in one pass over the data, up to which float64 costs little
+FLATTEST = 0.1  # of the largest singular value of the prototypes
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Weights of the penalties, in nats over the whole training set.
+
+    Attributes:
+        size: of the squared deviations of the weights, in units of the scale.
+        tie: of the squared differences between neighbouring ranks, times (K-1)², so that it means the same for any K.
+    """
+
+    size: float
+    tie: float
+
+    def penalty(self, deviation: Tensor, bias: Tensor, log_ratio: Tensor | float) -> Tensor:
+        """Of a deviation (K, D) in units of the scale, a bias (K,), and the log of the scale over the usual one."""
+        tie = self.tie * (len(deviation) - 1) ** 2
+        of_weights = self.size * deviation.square().sum() + tie * deviation.diff(dim=0).square().sum()
+        total: Tensor = of_weights + bias.square().sum() + torch.as_tensor(log_ratio) ** 2 / (2 * SCALE_SD**2)
+        return total
+
+    def factor(self, num_ranks: int) -> Tensor:
+        """(K, K) L with L Lᵀ the covariance between ranks: of L u, with u of unit variance, the penalty is ‖u‖²."""
+        steps = torch.eye(num_ranks, dtype=torch.float64).diff(dim=0)
+        precision = self.size * torch.eye(num_ranks, dtype=torch.float64)
+        precision += self.tie * (num_ranks - 1) ** 2 * steps.T @ steps
+        lower: Tensor = torch.linalg.cholesky(torch.linalg.inv(precision))
+        return lower
+
+
+AROUND_PROTOTYPES = Prior(size=10.0, tie=10.0)
+AROUND_ZERO = Prior(size=1.0, tie=1.0)
+
+
+def fit_head(
+    head: OrdinalPromptHead,
+    features: Any,
+    labels: Labels,
+    sample_weight: Any = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> OrdinalPromptHead:
+    """Fits a head to cached features, deterministically; a starting point for fine-tuning, or all that it takes.
+
+    Sets `logit_scale`, `residual`, `residual_bias` and `projection` (and `alignment` to zero); the prompts stay as they
+    are.
+
+    Args:
+        head: built with `**op.recipe(ranks, prompts="fitted")`, or any head with a residual; one with `in_features`
+            also needs `normalize=False`, so that it holds the linear head.
+        features: (N, in_features), of any norm.
+        labels: (N,) rank indices; see `head.rank_indices` for values and names.
+        sample_weight: (N,) not negative; a weight of 2 counts like the sample twice.
+        progress: called with the number and the loss of every step.
+
+    Returns:
+        The head.
+
+    Raises:
+        ValueError: a head without a residual, labels or weights that do not fit, features that are not finite.
+    """
+    if head.residual is None or head.residual_bias is None:
+        raise ValueError(
+            "Expected a head with a residual, which the fit sets, but this one has none; build it with "
+            '**op.recipe(ranks, prompts="fitted").'
+        )
+    if head.projection is not None and head.normalize:
+        raise ValueError(
+            "Expected a head that holds the linear head, but this one brings projected features to unit norm; build it "
+            "with normalize=False."
+        )
+    x, y, weight = _checked(head, features, labels, sample_weight)
+    prototypes = head.prototypes().detach().cpu().double()
+    if head.projection is None:
+        x = F.normalize(x, dim=1) if head.normalize else x
+        fitted = fit_map(x, y, prototypes, sample_weight=weight, progress=progress)
+        mapped, log_scale = fitted.weight, fitted.log_scale
+        _set(head.residual, (mapped - math.exp(log_scale) * prototypes) / head.config.residual)
+        _set(head.logit_scale, torch.tensor(log_scale))
+        if head.alignment is not None:
+            _set(head.alignment, torch.zeros_like(head.alignment))
+    else:
+        fitted = fit_map(x, y, head.num_ranks, sample_weight=weight, progress=progress)
+        # W = V P, with V the prototypes, where need be with a residual that makes them well-conditioned.
+        scaled = float(head.logit_scale.exp()) * prototypes
+        left, values, right = torch.linalg.svd(scaled, full_matrices=False)
+        values = values.clamp_min(FLATTEST * float(values.max()))
+        _set(head.residual, (left * values @ right - scaled) / head.config.residual)
+        _set(head.projection.weight, right.T @ ((left / values).T @ fitted.weight))
+        _set(head.projection.bias, torch.zeros(head.embed_dim))
+    _set(head.residual_bias, fitted.bias / head.config.residual)
+    return head
+
+
+def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
+    """() the penalty of `fit_head` for a training loop: `head.loss()(logits, labels) + op.regularization(head, N)`.
+
+    For a head in the text encoder's space (without `in_features`), full batches have the fit as their optimum.
+
+    Args:
+        head: with a residual.
+        num_samples: N, of the whole training set; the penalty fades as 1 / N.
+
+    Raises:
+        ValueError: a head without a residual, or with a projection.
+    """
+    if head.residual is None or head.residual_bias is None or head.projection is not None:
+        raise ValueError(
+            "Expected a head with a residual and without in_features; penalise others by weight decay, or start them "
+            "with op.fit_head."
+        )
+    usual = log_scale_of_spread(head.prototypes().detach(), LOGIT_SPREAD)
+    deviation = head.config.residual * head.residual / usual.exp()
+    bias = head.config.residual * head.residual_bias
+    return AROUND_PROTOTYPES.penalty(deviation, bias, head.logit_scale - usual) / num_samples
+
+
+@dataclass(frozen=True)
+class FittedMap:
+    """Weight (K, D), bias (K,) and the log of the scale of the prototypes in the weight."""
+
+    weight: Tensor
+    bias: Tensor
+    log_scale: float
+
+
+def fit_map(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor | int,
+    prior: Prior | None = None,
+    sample_weight: Tensor | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> FittedMap:
+    """The maximum a posteriori linear map from features to logits, by L-BFGS to convergence.
+
+    Args:
+        features: (N, D); of unit norm where there are prototypes.
+        labels: (N,) rank indices.
+        prototypes: (K, D) of unit norm; or K, for features that language says nothing about, which are centred and
+            brought to unit norm on average.
+        prior: default `AROUND_PROTOTYPES`, or `AROUND_ZERO` without prototypes.
+        sample_weight: (N,).
+        progress: called with the number and the loss of every step.
+    """
+    known = isinstance(prototypes, Tensor)
+    num_ranks = len(prototypes) if isinstance(prototypes, Tensor) else prototypes
+    dtype = torch.float64 if features.numel() * num_ranks <= EXACT else torch.float32
+    x = features.to(dtype)
+    share = torch.ones(len(x), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+    total = float(share.sum())
+    share = share / total
+    mean, norm = torch.zeros_like(x[0]), 1.0
+    if not known:
+        mean = share @ x
+        norm = float((share @ (x - mean).square().sum(dim=1)).sqrt()) or 1.0
+    x = (x - mean) / norm
+    log_scale, offset = math.log(FOREIGN_SCALE), None
+    if isinstance(prototypes, Tensor):
+        log_scale = float(log_scale_of_spread(prototypes, LOGIT_SPREAD))
+        offset = math.exp(log_scale) * x @ prototypes.to(dtype).T
+    # The deviation lies in the span of the features: with fewer samples than features, fewer values are looked for.
+    basis = torch.linalg.qr(x.T)[0] if len(x) < x.shape[1] else None
+    reduced = x if basis is None else x @ basis
+    prior = prior or (AROUND_PROTOTYPES if known else AROUND_ZERO)
+    factor = math.exp(log_scale) * prior.factor(num_ranks).to(dtype)
+    free = torch.zeros(num_ranks, reduced.shape[1], dtype=dtype, requires_grad=True)
+    bias = torch.zeros(num_ranks, dtype=dtype, requires_grad=True)
+    ratio = torch.zeros((), dtype=dtype, requires_grad=known)
+
+    def loss() -> Tensor:
+        logits = F.linear(reduced, factor @ free, bias)
+        if offset is not None:
+            logits = logits + ratio.exp() * offset
+        penalty = free.square().sum() + bias.square().sum() + ratio**2 / (2 * SCALE_SD**2)
+        return share @ F.cross_entropy(logits, labels, reduction="none") + penalty / total
+
+    _minimize(loss, [free, bias, ratio] if known else [free, bias], progress)
+    with torch.no_grad():
+        deviation = factor @ free
+        weight = (deviation if basis is None else deviation @ basis.T) / norm
+        shift = bias - weight @ mean
+        if isinstance(prototypes, Tensor):
+            weight = weight + float(ratio.detach().exp()) * math.exp(log_scale) * prototypes.to(dtype)
+    return FittedMap(weight.double(), shift.detach().double(), log_scale + float(ratio.detach()))
+
+
+def _minimize(
+    loss: Callable[[], Tensor], parameters: list[Tensor], progress: Callable[[int, float], None] | None
+) -> None:
+    exact = parameters[0].dtype == torch.float64
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=500,
+        tolerance_grad=1e-9 if exact else 1e-6,
+        tolerance_change=1e-14 if exact else 1e-9,
+        line_search_fn="strong_wolfe",
+    )
+    count = 0
+
+    def closure() -> float:
+        nonlocal count
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        count += 1
+        loss_now = float(value.detach())
+        if progress is not None:
+            progress(count, loss_now)
+        return loss_now
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+
+
+def _checked(
+    head: OrdinalPromptHead, features: Any, labels: Labels, sample_weight: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = number_tensor(features, "features").detach().cpu()
+    check_features(x, head.in_features, head.projection is not None)
+    if x.dim() != 2 or not bool(x.isfinite().all()):
+        raise ValueError(f"Expected finite `features` of shape (N, {head.in_features}), but got {tuple(x.shape)}.")
+    y = label_tensor(labels).cpu()
+    if y.shape != x.shape[:1] or not len(y):
+        raise ValueError(f"Expected one label for each of {len(x)} samples, but got labels of shape {tuple(y.shape)}.")
+    if int(y.min()) < 0 or int(y.max()) >= head.num_ranks:
+        raise ValueError(
+            f"Expected labels in 0…{head.num_ranks - 1}, but got {int(y.min())}…{int(y.max())}; head.rank_indices "
+            "makes indices of values and names."
+        )
+    if sample_weight is None:
+        return x.double(), y, None
+    weight = number_tensor(sample_weight, "sample_weight").cpu().double()
+    if weight.shape != y.shape or not bool((weight.isfinite() & (weight >= 0)).all()) or not float(weight.sum()):
+        raise ValueError("Expected one finite `sample_weight` for each sample, none negative, not all zero.")
+    return x.double(), y, weight
+
+
+@torch.no_grad()
+def _set(parameter: Tensor | nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value.reshape(parameter.shape))

@@ -1,0 +1,126 @@
+"""Models with exported heads, from disk into the architecture that they came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ordinal_prompt.classifiers import find_classifiers, submodule
+from ordinal_prompt.export import linear_layer, no_linear_layer, unit_norm
+from ordinal_prompt.places import pointwise
+from ordinal_prompt.swap import put
+
+FILES = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pth", "*.pt")
+
+
+def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> nn.Module:
+    """Loads what was saved of a model after `export_heads` into a model of the original architecture.
+
+    `ViTForImageClassification.from_pretrained(folder)` alone refuses such a folder, for its classifier is no linear
+    layer any more.  This is its way back:
+    `op.load_exported(ViTForImageClassification(ViTConfig.from_pretrained(folder)), folder)`.
+
+    Args:
+        model: of the original architecture, with or without weights, with any classifier; changed in place.
+        source: a state dict, a file that holds one, or a folder with such a file, as `save_pretrained` writes it.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such folder or file, or no weights in it.
+        ValueError: weights that belong to another architecture, or are not all there; they are listed.
+    """
+    state = source if isinstance(source, Mapping) else _read(Path(source))
+    heads = _exported(state)
+    for name in heads:
+        layers: nn.Module = _layers(state, name)
+        place = name
+        if submodule(model, place) is None and name.endswith(".head"):
+            place, layers = name.removesuffix(".head"), pointwise(layers)
+        if submodule(model, place) is None:
+            raise ValueError(f"The weights have an exported head at {name}, but {type(model).__name__} has no {place}.")
+        put(model, place, layers)
+    for name in _linear(model, state):
+        heads.append(name)
+        put(model, name, linear_layer(state[f"{name}.weight"], state.get(f"{name}.bias")))
+    if not isinstance(source, Mapping) and Path(source).is_dir() and hasattr(model, "base_model_prefix"):
+        prefixes = tuple(f"{name}." for name in heads)
+        of_heads = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+        state = _read_by_transformers(model, source) | of_heads
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
+    missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]  # shared ones are there
+    if missing or unexpected:
+        raise ValueError(
+            f"The weights do not fit {type(model).__name__}: {_listed(missing)} missing, {_listed(unexpected)} not "
+            "known to it; pass a model of the architecture that was exported."
+        )
+    return model.eval()
+
+
+def _read_by_transformers(model: Any, folder: str | Path) -> dict[str, Tensor]:
+    """The weights of all but the head by the names that they have in the model, which files have others for."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report the head as missing
+    try:
+        loaded = type(model).from_pretrained(folder, config=model.config, ignore_mismatched_sizes=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    tensors: dict[str, Tensor] = loaded.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
+
+
+def _exported(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the exported heads in a state dict, which have an empty weight and layers with numbers for names."""
+    numbered = re.compile(r"(.+)\.\d+\.weight")
+    heads = {match[1]: None for match in map(numbered.fullmatch, state) if match}
+    return [name for name in heads if f"{name}.weight" in state and state[f"{name}.weight"].numel() == 0]
+
+
+def _layers(state: Mapping[str, Tensor], name: str) -> nn.Sequential:
+    """The layers of an exported head, with its weights: the last linear one stands behind the norm."""
+    pattern = re.compile(re.escape(name) + r"\.(\d+)\.weight")
+    indices = sorted(int(match[1]) for match in map(pattern.fullmatch, state) if match)
+    linear = [linear_layer(state[f"{name}.{i}.weight"], state.get(f"{name}.{i}.bias")) for i in indices]
+    norm = unit_norm(linear[-1].in_features) if indices[-1] else []  # a single layer has none
+    return no_linear_layer(nn.Sequential(*linear[:-1], *norm, linear[-1]))
+
+
+def _linear(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the classifiers that were exported as one linear layer, and may be of another size in a fresh model."""
+    try:
+        names = find_classifiers(model)
+    except ValueError:
+        return []
+    linear = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
+    return [name for name in linear if state.get(f"{name}.weight", torch.empty(0)).dim() == 2]
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(files)) for files in FILES)), [])
+    if not files:
+        raise FileNotFoundError(f"Found no weights in {path}; expected a file such as model.safetensors in a folder.")
+    parts = [*map(_read_file, files)]
+    return parts[0] if len(parts) == 1 else {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _read_file(file: Path) -> Mapping[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    state: Mapping[str, Tensor] = saved.get("state_dict", saved)
+    return state
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "nothing"

@@ -1,0 +1,115 @@
+"""Exported models come back whole from what other libraries save, or are refused; never with a fresh classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+import ordinal_prompt as op
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit(**options: Any) -> Any:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, image_size=32, **options)).eval()
+
+
+def exported(model: Any, clip: Any, width: int, **options: Any) -> tuple[Any, torch.Tensor]:
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5, in_features=width, **options))
+    logits = model.eval()(IMAGES)
+    op.export_heads(model)
+    return model, getattr(logits, "logits", logits).detach()
+
+
+def test_transformers_refuses_the_folder_and_load_exported_takes_it(clip: Any, tmp_path: Path) -> None:
+    model, expected = exported(vit(), clip, 16)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"classifier.weight|mismatch"):
+        transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    fresh = transformers.ViTForImageClassification(transformers.ViTConfig.from_pretrained(tmp_path))
+    loaded = op.load_exported(fresh, tmp_path)
+    assert loaded is fresh
+    torch.testing.assert_close(loaded(IMAGES).logits, expected)
+    loaded = op.load_exported(vit(num_labels=1000), tmp_path)
+    torch.testing.assert_close(loaded(IMAGES).logits, expected)
+    assert loaded.config.num_labels == 5
+
+
+def test_a_head_that_is_one_linear_map_needs_nothing_of_ours(clip: Any, tmp_path: Path) -> None:
+    model, expected = exported(vit(), clip, 16, normalize=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(IMAGES).logits, expected)
+    torch.testing.assert_close(op.load_exported(vit(num_labels=7), tmp_path)(IMAGES).logits, expected)
+
+
+class Small(nn.Module, PyTorchModelHubMixin):
+    def __init__(self, bias: bool = True, num_classes: int = 5) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(12, num_classes, bias=bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(self.pool(images).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"normalize": False, "residual": 1.0}])
+def test_hub_mixin_models(bias: bool, options: dict[str, Any], clip: Any, tmp_path: Path) -> None:
+    model = Small(bias=bias)
+    head = op.OrdinalPromptHead(clip, 5, **options)
+    op.replace_head(model, head)
+    if head.residual_bias is not None:
+        nn.init.normal_(head.residual_bias)
+    expected = model.eval()(IMAGES).detach()
+    op.export_heads(model)
+    model.save_pretrained(tmp_path, config={"bias": bias})
+    fits = head.residual_bias is None or bias
+    if options and fits:  # the linear layer takes it whole
+        torch.testing.assert_close(Small.from_pretrained(tmp_path)(IMAGES), expected)
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch for fc.weight"):
+            Small.from_pretrained(tmp_path)
+    torch.testing.assert_close(op.load_exported(Small(bias=bias, num_classes=9), tmp_path)(IMAGES), expected)
+
+
+def test_timm_checkpoints(clip: Any, tmp_path: Path) -> None:
+    model, expected = exported(timm.create_model("resnet18"), clip, 512)
+    file = tmp_path / "model.pt"
+    torch.save(model.state_dict(), file)
+    with pytest.raises(RuntimeError, match="fc"):
+        timm.create_model("resnet18", num_classes=5, checkpoint_path=str(file))
+    torch.testing.assert_close(op.load_exported(timm.create_model("resnet18"), file)(IMAGES), expected)
+    torch.save({"state_dict": model.state_dict()}, file)
+    torch.testing.assert_close(op.load_exported(timm.create_model("resnet18"), file)(IMAGES), expected)
+
+
+def test_a_state_dict_is_refused_by_the_linear_layer_even_where_it_need_not_be_complete(clip: Any) -> None:
+    model, _ = exported(Small(), clip, 12)
+    with pytest.raises(RuntimeError, match="size mismatch for fc.weight"):
+        Small().load_state_dict(model.state_dict(), strict=False)
+
+
+def test_wrong_sources(clip: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Found no weights in"):
+        op.load_exported(Small(), tmp_path)
+    model, _ = exported(Small(), clip, 12)
+    with pytest.raises(ValueError, match="exported head at fc, but Conv2d has no fc"):
+        op.load_exported(nn.Conv2d(1, 1, 1), model.state_dict())
+    state = {**model.state_dict(), "more": torch.ones(1)}
+    with pytest.raises(ValueError, match="do not fit Small: nothing missing, more not known"):
+        op.load_exported(Small(), state)
+    large, _ = exported(timm.create_model("resnet18"), clip, 512)
+    state = large.state_dict()
+    del state["layer1.0.conv1.weight"]
+    with pytest.raises(ValueError, match="do not fit ResNet: layer1.0.conv1.weight missing, nothing not known"):
+        op.load_exported(timm.create_model("resnet18"), state)

@@ -1,0 +1,90 @@
+"""Values and names as rank indices, and soft labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_clip
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ordinal_prompt as op
+
+STARS = [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]
+
+
+@given(st.integers(0, 1000), st.integers(2, 30))
+def test_values_of_ranks_give_their_indices(seed: int, num_ranks: int) -> None:
+    random = np.random.default_rng(seed)
+    values = np.cumsum(random.integers(1, 50, num_ranks)) / random.choice([1, 2, 10]) - random.integers(0, 2000)
+    indices = random.integers(0, num_ranks, 50)
+    for kind in (torch.float64, torch.float32):
+        given_values = torch.tensor(values[indices], dtype=kind)
+        assert op.rank_indices(given_values, values).tolist() == indices.tolist()
+    near = torch.tensor(values[indices] + random.uniform(-0.4, 0.4, 50) * np.diff(values).min())
+    slow = [int(np.abs(values - value).argmin()) for value in near.numpy()]
+    assert op.rank_indices(near, values, nearest=True).tolist() == slow == indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 4.5, 2],
+        (1, 4.5, 2),
+        np.array([1, 4.5, 2]),
+        pd.Series([1, 4.5, 2], index=[7, 8, 9]),
+        torch.tensor([1, 4.5, 2]),
+    ],
+)
+def test_any_container(values: Any) -> None:
+    assert op.rank_indices(values, STARS).tolist() == [0, 7, 2]
+
+
+def test_shapes_are_kept_and_ties_go_down() -> None:
+    assert op.rank_indices(torch.tensor([[1.0], [2.0]]), STARS).tolist() == [[0], [2]]
+    assert op.rank_indices([1.25, 9, -3], STARS, nearest=True).tolist() == [0, 8, 0]
+
+
+def test_what_fits_no_rank_is_listed() -> None:
+    with pytest.raises(ValueError, match=r"1 to 5, but got 0, 1.2 \(3 of 4 labels fit no rank\); .* nearest=True"):
+        op.rank_indices([0, 1.2, 1.2, 3], STARS)
+    with pytest.raises(ValueError, match="got nan"):
+        op.rank_indices([float("nan"), 1], STARS, nearest=True)
+    with pytest.raises(ValueError, match="names of ranks, 'bad', 'good', but got 'Good'"):
+        op.rank_indices(["bad", "Good"], ["bad", "good"])
+    with pytest.raises(ValueError, match="increasing `rank_values`"):
+        op.rank_indices([1], [2, 1])
+    with pytest.raises(TypeError, match="`values` to be numbers, but got str"):
+        op.rank_indices(["1", "2"], STARS)
+
+
+def test_a_head_knows_its_names_and_values(tokenizer: Any) -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), ["bad", "fair", "good"], tokenizer=tokenizer, rank_values=[1, 2, 5])
+    assert head.rank_indices(["good", "bad"]).tolist() == [2, 0]
+    assert head.rank_indices(np.array(["good", "bad"])).tolist() == [2, 0]
+    assert head.rank_indices([5, 2]).tolist() == [2, 1]
+    assert head.rank_indices([4, 2], nearest=True).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("kind", ["beta", "binomial", "exponential", "poisson", "triangular"])
+def test_soft_labels_are_distributions_of_dlordinal(kind: str) -> None:
+    from dlordinal import soft_labelling
+
+    labels = op.soft_labels([0, 2, 4], 5, kind)
+    table = getattr(soft_labelling, f"get_{kind}_soft_labels")(5)
+    torch.testing.assert_close(labels, torch.tensor(table[[0, 2, 4]]).float())
+    torch.testing.assert_close(labels.sum(1), torch.ones(3), atol=1e-3, rtol=0)
+    assert op.OrdinalPromptLoss()(torch.randn(3, 5), labels).isfinite()
+
+
+def test_soft_labels_of_mistakes() -> None:
+    with pytest.raises(ValueError, match="`kind` to be one of"):
+        op.soft_labels([0], 5, "normal")
+    with pytest.raises(ValueError, match="rank indices in 0…4"):
+        op.soft_labels([5], 5)
+    with pytest.raises(ValueError, match="rank indices in 0…4"):
+        op.soft_labels([0.5], 5)
