@@ -14,11 +14,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from ordered_data import check_images, open_image, rank_labels, read_images, split
-from runs import in_one_sentence, metrics, plot, report, weights
+from runs import in_one_sentence, load_text_encoder, metrics, plot, report, weights
 from torch import Tensor
+from tqdm import tqdm
 
 import ordinal_prompt as op
 
@@ -26,22 +27,19 @@ import ordinal_prompt as op
 @torch.no_grad()
 def image_features(model: Any, transform: Any, paths: list[str], white: float, cache: Path) -> Tensor:
     """Unit-norm features (N, D), computed once."""
-    features: Tensor
-    if cache.exists():
-        features = torch.load(cache)
-        return features
-    batches = [paths[start : start + 64] for start in range(0, len(paths), 64)]
-    images = (torch.stack([transform(open_image(path, white)) for path in batch]) for batch in batches)
-    features = torch.cat([model.encode_image(batch, normalize=True) for batch in images])
-    torch.save(features, cache)
+    if not cache.exists():
+        batches = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+        images = (torch.stack([transform(open_image(path, white)) for path in batch]) for batch in tqdm(batches))
+        rows = [model.encode_image(batch, normalize=True) for batch in images]
+        torch.save(torch.cat(rows), part := cache.with_suffix(".part"))
+        part.replace(cache)  # atomically: a run that is stopped leaves no half file
+    features: Tensor = torch.load(cache)
     return features
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data", required=True, type=Path, help="a folder with one folder for each rank, or a CSV file"
-    )
+    parser.add_argument("--data", required=True, type=Path, help="a folder with a folder for each rank, or a CSV file")
     parser.add_argument("--rank-names", nargs="+", help="the labels, lowest first; label=name: another name in prompts")
     parser.add_argument("--clip", default="ViT-B-32", help="an open_clip model; default %(default)s")
     parser.add_argument("--weights", help="a pretrained tag of open_clip, or a file")
@@ -54,14 +52,16 @@ def main() -> None:
     names, values, indices = rank_labels(labels, options.rank_names)
     training, _, test = split(indices, paths, keys=fingerprints, shots=options.shots)
 
-    model, _, transform = open_clip.create_model_and_transforms(options.clip, pretrained=options.weights)
+    torch.manual_seed(0)  # random weights are the same each time, as cached features of theirs are
+    model, tokenizer = load_text_encoder(options.clip, options.weights)
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     options.output.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(repr((options.clip, options.weights, fingerprints)).encode()).hexdigest()[:16]
     features = image_features(model.eval(), transform, paths, white, options.output / f"features-{key}.pt")
     ranks = torch.from_numpy(indices)
 
     head = op.OrdinalPromptHead(
-        model, names, tokenizer=open_clip.get_tokenizer(options.clip), rank_values=values, context=options.context,
+        model, names, tokenizer=tokenizer, rank_values=values, context=options.context,
         **op.recipe(names, prompts="frozen"),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(op.parameter_groups(head, lr=1e-3))

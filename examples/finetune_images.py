@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from ordered_data import DataError, check_images, open_image, rank_labels, read_images, split
 from PIL import Image, ImageFilter
-from runs import in_one_sentence, load_text_encoder, metrics, new_parser, plot, report, weights
+from runs import in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanAbsoluteError
@@ -85,12 +85,10 @@ class Finetuning(lightning.LightningModule):
             groups = op.parameter_groups(self.model, self.lr, self.options.prompt_lr_scale)
         else:
             groups = [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": self.lr}]
+        decay = self.options.weight_decay
+        optimizer: Any = torch.optim.AdamW(groups, weight_decay=decay)
         if self.options.optimizer == "radam":
-            optimizer: Any = torch.optim.RAdam(
-                groups, weight_decay=self.options.weight_decay, decoupled_weight_decay=True
-            )
-        else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
+            optimizer = torch.optim.RAdam(groups, weight_decay=decay, decoupled_weight_decay=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.options.epochs)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -126,6 +124,7 @@ def read_data(options: Any) -> tuple[list[Any], list[str], list[float], list[np.
     paths, labels = [paths[i] for i in readable], [labels[i] for i in readable]
     names, values, indices = rank_labels(labels, options.rank_names)
     parts = split(indices, paths, keys=fingerprints, seed=options.seed, shots=options.shots, shift=options.shift)
+    keep_parts(options, *([paths[i] for i in part] for part in parts))
     return paths, names, values or [*map(float, range(len(names)))], [indices, *parts], white
 
 

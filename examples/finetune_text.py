@@ -11,23 +11,19 @@ A run that was killed goes on with the same command and `--resume`.
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
-import re
 import warnings
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from ordered_data import DataError, rank_labels, read_table, split
-from runs import in_one_sentence, load_text_encoder, metrics, new_parser, plot, report, weights
+from quickstart import NAMES, read_words
+from runs import in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import ordinal_prompt as op
-
-DEMO_NAMES = ["very bad", "bad", "slightly bad", "neutral", "slightly good", "good", "very good"]
 
 
 class TextModel(nn.Module):
@@ -46,17 +42,9 @@ class TextModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
-        logits = self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float()
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        logits = self.head(nn.functional.rms_norm(mean, mean.shape[1:])).float()  # learning rates then fit any encoder
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
-
-
-def demo_data() -> tuple[list[str], list[str]]:
-    """Words and their rating by ten people (vaderSentiment), rounded."""
-    lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
-    rated = {word: round(float(mean)) for word, mean, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
-    kept = {word: DEMO_NAMES[rating + 3] for word, rating in rated.items() if abs(rating) <= 3}
-    return list(kept), list(kept.values())
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
@@ -76,13 +64,15 @@ def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> 
     encoder.requires_grad_(not options.frozen)
     if kind == "linear":
         model = TextModel(encoder, nn.Linear(encoder.config.hidden_size, len(names)))
-        groups: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups: Any = [{"params": model.head.parameters(), "lr": lr}]
     else:
         settings: Any = {} if options.settings == "paper" else op.recipe(names, prompts=options.settings)
         settings |= {"tokenizer": tokenizer, "rank_values": values, "context": options.context}
         own, _ = load_encoder(options.encoder)  # stays as it is, while the encoder of the texts may learn
         model = TextModel(encoder, op.OrdinalPromptHead(own, names, **settings))
-        groups = op.parameter_groups(model, lr)
+        groups = op.parameter_groups(model.head, lr)
+    if not options.frozen:
+        groups.append({"params": encoder.parameters(), "lr": options.backbone_lr})
     if options.optimizer == "radam":  # the paper's
         return model, torch.optim.RAdam(groups, lr, weight_decay=5e-4, decoupled_weight_decay=True)
     return model, torch.optim.AdamW(groups, lr)
@@ -91,7 +81,6 @@ def build(kind: str, lr: float, options: Any, names: list[str], values: Any) -> 
 def train(kind: str, lr: float, options: Any, names: list[str], values: Any, parts: Any) -> tuple[float, Trainer]:
     """Trains one head at one learning rate; gives the validation error, and the trainer with the best epoch's model."""
     model, optimizer = build(kind, lr, options, names, values)
-    tokenizer = load_encoder(options.encoder)[1]
     folder = options.output / f"{kind}-lr{lr:g}"
 
     def mean_absolute_error(prediction: Any) -> dict[str, float]:
@@ -105,14 +94,17 @@ def train(kind: str, lr: float, options: Any, names: list[str], values: Any, par
         per_device_eval_batch_size=256, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mae", greater_is_better=False,
         fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", use_cpu=no_device,
+        restore_callback_states_from_checkpoint=True,
     )  # fmt: skip
     trainer = Trainer(
-        model, arguments, train_dataset=parts["train"], eval_dataset=parts["validation"],
-        processing_class=tokenizer, compute_metrics=mean_absolute_error, optimizers=(optimizer, None),
+        model, arguments, train_dataset=parts["train"], eval_dataset=parts["validation"], optimizers=(optimizer, None),
+        processing_class=load_encoder(options.encoder)[1], compute_metrics=mean_absolute_error,
         callbacks=[EarlyStoppingCallback(options.patience)],
     )  # fmt: skip
-    last = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    # The state is written last: a checkpoint without it was left unfinished by a run that was killed.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if options.resume]
+    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=last and str(last))
     best = trainer.state.best_metric
     return float("inf") if best is None else best, trainer
 
@@ -146,15 +138,17 @@ def main() -> None:
     add("--data", help="a CSV file")
     add("--text-column", default="text")
     add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
+    add("--backbone-lr", type=float, default=1e-4)
     add("--batch-size", type=int, default=32, help="in each process")
     add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
     add("--fp16", action="store_true")
     add("--bf16", action="store_true")
-    parser.set_defaults(lr=[1e-4, 1e-3], epochs=10, patience=3, settings="frozen")
+    parser.set_defaults(lr=[1e-3, 3e-3, 1e-2], epochs=10, patience=3, settings="frozen")
     options = parser.parse_args()
     if options.demo:
-        texts, labels = demo_data()
-        options.rank_names, options.context = DEMO_NAMES, "the feeling of this word is"
+        one = {word[:4]: word for word in read_words()}  # of those that begin alike: no part gives another's away
+        texts, labels = [*one.values()], [NAMES[read_words()[word]] for word in one.values()]
+        options.rank_names, options.context = NAMES, "the feeling of this word is"
         options.shots = options.shots or 64
     elif options.data:
         texts, labels = read_table(options.data, options.text_column, options.label_column)
@@ -162,7 +156,9 @@ def main() -> None:
         raise DataError("No data: pass --data FILE.csv, or --demo.")
     names, numbers, indices = rank_labels(labels, options.rank_names)
     values = numbers or [*map(float, range(len(names)))]
-    chosen = split(indices, texts, seed=options.seed, shots=options.shots, shift=options.shift)
+    keys = [" ".join(text.casefold().split()) for text in texts]  # equal but for capitals and spaces is the same text
+    chosen = split(indices, texts, keys=keys, seed=options.seed, shots=options.shots, shift=options.shift)
+    keep_parts(options, *([texts[i] for i in part] for part in chosen))
     tokenizer = load_encoder(options.encoder)[1]
     parts = {}
     for name, part in zip(("train", "validation", "test"), chosen, strict=True):
@@ -170,11 +166,9 @@ def main() -> None:
         cut = {"truncation": True, "max_length": options.max_length}
         parts[name] = dataset.map(lambda rows: tokenizer(rows["text"], **cut), batched=True)  # noqa: B023
     print(f"{len(texts)} texts in {len(names)} ranks; training, validation, test: {[*map(len, chosen)]}")
-    options.output.mkdir(parents=True, exist_ok=True)
     kinds = ("linear", "prompt") if options.head == "both" else (options.head,)
     found = {kind: run(kind, options, names, values, parts) for kind in kinds}
-    results = {kind: result for kind, result in found.items() if result}
-    if results:
+    if results := {kind: result for kind, result in found.items() if result}:
         report(options.output, results)
         print(f"pictures and exported models: {options.output}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -10,9 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import matplotlib
 import torch
+from huggingface_hub import constants
 from ordered_data import DataError
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
@@ -44,6 +48,17 @@ def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on behind the last checkpoint in OUTPUT")
     add("--output", type=Path, default=Path(output))
     return parser
+
+
+def keep_parts(options: Any, *parts: Sequence[str]) -> None:
+    """Refuses to go on with other parts than the run was begun with, which would learn samples of its test part."""
+    file, digest = options.output / "parts.sha256", hashlib.sha256(repr(parts).encode()).hexdigest()
+    if not options.resume:
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(digest)
+    elif file.exists() and file.read_text() != digest:
+        told = "with other data, or another --seed, --shots or --shift; pass the same, or leave --resume out"
+        raise DataError(f"The run in {options.output} was begun {told}.")
 
 
 def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
@@ -112,11 +127,11 @@ def load_text_encoder(name: str, pretrained: str | None = None) -> tuple[Any, An
 
 def in_one_sentence(main: Callable[[], None]) -> None:
     """Runs a script; a mistake in its data, its options or the way to a hub ends it with a sentence."""
-    if "HF_HUB_OFFLINE" not in os.environ:
+    if not (constants.HF_HUB_OFFLINE or getproxies()):
         try:
-            socket.create_connection(("huggingface.co", 443), timeout=3).close()
-        except OSError:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # else every file is asked for several times, with pauses
+            socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=3).close()
+        except OSError:  # else every file is asked for several times, with pauses
+            constants.HF_HUB_OFFLINE = True  # the environment variable has been read already
     try:
         main()
     except (DataError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:

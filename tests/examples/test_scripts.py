@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_cached_features(photos: Path, tmp_path: Path) -> None:
     [
         ("finetune_images.py", [], "No data: pass --data"),
         ("finetune_images.py", ["--data", "nowhere.csv"], "nowhere.csv"),
+        ("clip_features.py", ["--data", "images", "--clip", "ViT-B-33"], "no model 'ViT-B-33'; did you mean ViT-B-32"),
+        ("clip_features.py", ["--data", "images", "--weights", "openai"], "no hub can be reached"),
         ("finetune_text.py", ["--data", "words.csv"], "labels good, bad are no numbers"),
         ("finetune_text.py", ["--data", "words.csv", "--rank-names", "bad", "fair"], "labels good are not among"),
         (
@@ -103,19 +106,56 @@ def test_cached_features(photos: Path, tmp_path: Path) -> None:
 def test_mistakes_end_with_one_sentence(script: str, options: list[str], match: str, tmp_path: Path) -> None:
     (tmp_path / "words.csv").write_text("text,label\na,good\nb,bad\n")
     (tmp_path / "few.csv").write_text("text,label\n" + "".join(f"{i},{i % 2}\n" for i in range(40)))
+    for i in range(40):
+        path = tmp_path / "images" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(path)
     errors = run(script, *options, cwd=tmp_path, code=1)
     assert match in errors
     assert "Traceback" not in errors
 
 
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runs
+    from huggingface_hub import constants
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(runs, "getproxies", dict)
+    monkeypatch.setattr(runs.socket, "create_connection", unreachable)
+    runs.in_one_sentence(lambda: None)
+    assert constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(runs, "getproxies", lambda: {"https": "a-proxy"})  # reaches what we cannot
+    runs.in_one_sentence(lambda: None)
+    assert not constants.HF_HUB_OFFLINE
+
+
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
-    output = run("quickstart.py", cwd=tmp_path)
-    rows = [line for line in output.splitlines() if "words per rank" in line]
-    assert len(rows) == 4
-    errors = [[float(part.split()[-1]) for part in row.split(",")] for row in rows]
-    assert all(prompt < linear for linear, prompt in errors)
-    assert (tmp_path / "outputs" / "quickstart.png").exists()
+    output = run("quickstart.py", "--seeds", 1, cwd=tmp_path)
+    rows = [line.replace("±", " ").split() for line in output.splitlines() if "±" in line and "Mean" not in line]
+    assert [row[0] for row in rows] == ["1", "8", "64", "all"]
+    assert all(float(prompt) < float(linear) for _, linear, _, prompt, _ in rows[:3])
+    for name in ("quickstart.png", "head.pt"):
+        assert (tmp_path / "outputs" / "quickstart" / name).exists()
+
+
+@pytest.mark.slow
+def test_resuming_takes_the_last_whole_checkpoint_of_the_same_data(reviews: Path, tmp_path: Path) -> None:
+    options = ("--data", reviews, "--head", "linear", "--lr", 1e-3, "--epochs", 1, "--shots", 4, "--output", "out")
+    run("finetune_text.py", *options, "--frozen", cwd=tmp_path)
+    found = (tmp_path / "out" / "metrics.json").read_text()
+    (whole,) = (tmp_path / "out" / "linear-lr0.001").glob("checkpoint-*")
+    unfinished = whole.with_name("checkpoint-999")  # as a run leaves it that is killed while it writes
+    shutil.copytree(whole, unfinished, ignore=shutil.ignore_patterns("trainer_state.json"))
+    errors = run("finetune_text.py", *options, "--frozen", "--resume", "--seed", 1, cwd=tmp_path, code=1)
+    assert "was begun with other data, or another --seed" in errors
+    (tmp_path / "out" / "metrics.json").unlink()
+    run("finetune_text.py", *options, "--frozen", "--resume", cwd=tmp_path)
+    assert (tmp_path / "out" / "metrics.json").read_text() == found
 
 
 def losses_of_images(folder: Path) -> Any:
@@ -150,9 +190,8 @@ def test_a_run_on_images_that_was_killed_goes_on(photos: Path, tmp_path: Path) -
 
 
 def losses_of_texts(folder: Path) -> list[float]:
-    state = max(
-        (folder / "prompt-lr0.001").glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
-    )
+    states = (folder / "prompt-lr0.001").glob("checkpoint-*/trainer_state.json")
+    state = max(states, key=lambda path: path.stat().st_mtime)
     history = json.loads(state.read_text())["log_history"]
     return [float(row[name]) for row in history for name in ("loss", "eval_mae") if name in row]
 
