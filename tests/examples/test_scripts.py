@@ -124,7 +124,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(runs, "getproxies", dict)
-    monkeypatch.setattr(runs.socket, "create_connection", unreachable)
+    monkeypatch.setattr("socket.create_connection", unreachable)
     runs.in_one_sentence(lambda: None)
     assert constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
