@@ -124,7 +124,6 @@ def read_data(options: Any) -> tuple[list[Any], list[str], list[float], list[np.
     paths, labels = [paths[i] for i in readable], [labels[i] for i in readable]
     names, values, indices = rank_labels(labels, options.rank_names)
     parts = split(indices, paths, keys=fingerprints, seed=options.seed, shots=options.shots, shift=options.shift)
-    keep_parts(options, *([paths[i] for i in part] for part in parts))
     return paths, names, values or [*map(float, range(len(names)))], [indices, *parts], white
 
 
@@ -195,6 +194,7 @@ def main() -> None:
     options = parse()
     data = read_data(options)
     images, names, values, (_, *parts), _ = data
+    keep_parts(options, *([images[i] for i in part] for part in parts if not options.demo))
     print(f"{len(images)} images in {len(names)} ranks; training, validation, test: {[*map(len, parts)]}")
     results = {}
     for kind in ("linear", "prompt") if options.head == "both" else (options.head,):
@@ -242,7 +242,6 @@ def parse() -> Any:
     options = parser.parse_args()
     if not options.demo and not options.data:
         raise DataError("No data: pass --data FOLDER_OR_CSV, or --demo.")
-    options.output.mkdir(parents=True, exist_ok=True)
     return options
 
 

@@ -4,9 +4,8 @@
     python examples/finetune_text.py --data reviews.csv --rank-names poor fair good --context "a review that is"
     torchrun --nproc-per-node 2 examples/finetune_text.py --data reviews.csv --encoder roberta-base
 
-Data is a CSV file with the columns `text` and `label`.  Each head leaves in OUTPUT its checkpoints, a picture, and
-`model.pt`: the weights of the exported model, which needs no second text encoder; `op.load_exported(TextModel(…), …)`.
-A run that was killed goes on with the same command and `--resume`.
+Data is a CSV file with the columns `text` and `label`.  Each head leaves in OUTPUT its checkpoints, a picture, and the
+exported weights, for `op.load_exported(TextModel(…), …)`.  A killed run goes on with the same command and `--resume`.
 """
 
 from __future__ import annotations

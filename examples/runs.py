@@ -51,14 +51,17 @@ def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
 
 
 def keep_parts(options: Any, *parts: Sequence[str]) -> None:
-    """Refuses to go on with other parts than the run was begun with, which would learn samples of its test part."""
+    """Refuses to mix runs, and to go on with other parts than before, which would learn samples of the test part."""
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):
+        return  # the first process has looked
     file, digest = options.output / "parts.sha256", hashlib.sha256(repr(parts).encode()).hexdigest()
-    if not options.resume:
-        options.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(digest)
-    elif file.exists() and file.read_text() != digest:
-        told = "with other data, or another --seed, --shots or --shift; pass the same, or leave --resume out"
+    if file.exists() and not options.resume:
+        raise DataError(f"{options.output} holds a run; pass --resume to go on with it, or another --output.")
+    if file.exists() and file.read_text() != digest:
+        told = "with other data, or another --seed, --shots or --shift; pass the same, or another --output"
         raise DataError(f"The run in {options.output} was begun {told}.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(digest)
 
 
 def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
@@ -95,8 +98,8 @@ def plot(path: Path, logits: Tensor, labels: Tensor, rows: Tensor, names: Sequen
     ):
         figure.colorbar(axis.imshow(image, **style), ax=axis, shrink=0.8)
         shown = range(0, len(names), -(-len(names) // 12))
-        axis.set_xticks(shown, [names[i][:14] for i in shown], rotation=45, ha="right")
-        axis.set_yticks(shown, [names[i][:14] for i in shown])
+        axis.set_xticks(shown, [names[i][:20] for i in shown], rotation=45, ha="right")
+        axis.set_yticks(shown, [names[i][:20] for i in shown])
     axes[0].set(title=f"{title}: predicted ranks (share of the true one)", xlabel="predicted (median)", ylabel="true")
     chance = 0.5 + 1 / len(names)
     axes[1].set_title(f"similarity of the weights, centred\nordinality {op.ordinality(rows):.2f} (chance {chance:.2f})")

@@ -153,6 +153,7 @@ def test_resuming_takes_the_last_whole_checkpoint_of_the_same_data(reviews: Path
     shutil.copytree(whole, unfinished, ignore=shutil.ignore_patterns("trainer_state.json"))
     errors = run("finetune_text.py", *options, "--frozen", "--resume", "--seed", 1, cwd=tmp_path, code=1)
     assert "was begun with other data, or another --seed" in errors
+    assert "out holds a run; pass --resume" in run("finetune_text.py", *options, "--frozen", cwd=tmp_path, code=1)
     (tmp_path / "out" / "metrics.json").unlink()
     run("finetune_text.py", *options, "--frozen", "--resume", cwd=tmp_path)
     assert (tmp_path / "out" / "metrics.json").read_text() == found
