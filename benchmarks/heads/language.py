@@ -84,8 +84,13 @@ def tip_adapter(task: Task) -> Estimator:
     names, scale = name_embeddings(task)
 
     def fit(x: Tensor, y: Tensor) -> Predict:
-        one_hot = F.one_hot(y, task.num_ranks).to(x.dtype)
-        return lambda z: (scale * z @ names.T + (5.5 * (z @ x.T - 1)).exp() @ one_hot).softmax(dim=1)
+        cache, one_hot = F.normalize(x, dim=1), F.one_hot(y, task.num_ranks).to(x.dtype)
+
+        def predict(z: Tensor) -> Tensor:
+            z = F.normalize(z, dim=1)
+            return (scale * z @ names.T + (5.5 * (z @ cache.T - 1)).exp() @ one_hot).softmax(dim=1)
+
+        return predict
 
     return Estimator(fit)
 
@@ -182,5 +187,5 @@ LANGUAGE_HEADS: dict[str, Build] = {
     "tip-adapter": tip_adapter,
     "gaussian": gaussian,
     "prolip": prolip,
-    "fitted": fitted,
+    "ours-fitted": fitted,
 }
