@@ -2,7 +2,8 @@
 
 Real input, offline: words with the mean of ten people's ratings (vaderSentiment), as eight ranks from "extremely
 negative" to "very positive".  Features are all-MiniLM-L6-v2 sentence embeddings, and the same MiniLM encodes the names
-of the ranks.  Both heads learn from a few words per rank; each one's learning rate is chosen on validation words.
+of the ranks.  Both heads learn from a few words per rank.  The linear head's learning rate is chosen on validation
+words; the prompt head is fitted, and needs neither.
 
     python examples/quickstart.py
 """
@@ -29,6 +30,7 @@ from matplotlib import pyplot as plt
 VALUES = [-4, -3, -2, -1, 0, 1, 2, 3]
 NAMES = ["extremely negative", "very negative", "negative", "slightly negative", "neutral", "slightly positive"]
 NAMES += ["positive", "very positive"]
+CONTEXT = "the feeling of this word is"
 SHOTS, SEEDS, STEPS = (1, 4, 16, 64), 3, 100
 
 
@@ -51,11 +53,13 @@ def embed(texts: list[str], bert: Any, tokenizer: Any) -> Tensor:
     return nn.functional.normalize(torch.cat(rows), dim=1)
 
 
-def train(head: nn.Module, loss: nn.Module, groups: Any, features: Tensor, labels: Tensor) -> nn.Module:
-    optimizer = torch.optim.AdamW(groups)
+def linear_head(lr: float, features: Tensor, labels: Tensor) -> nn.Module:
+    """A linear head, trained with one learning rate."""
+    head = nn.Linear(features.shape[1], len(NAMES))
+    optimizer = torch.optim.AdamW(head.parameters(), lr)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss(head(features), labels).backward()
+        nn.functional.cross_entropy(head(features), labels).backward()
         optimizer.step()
     return head.eval().requires_grad_(False)
 
@@ -95,35 +99,27 @@ def main() -> None:
     def error(head: nn.Module, part: Any) -> float:
         return (op.decode(head(features[part])) - labels[part]).abs().mean().item()
 
-    def linear_head(lr: float, *data: Tensor) -> nn.Module:
-        head = nn.Linear(features.shape[1], len(NAMES))
-        return train(head, nn.CrossEntropyLoss(), [{"params": head.parameters(), "lr": lr}], *data)
-
-    def prompt_head(lr: float, *data: Tensor) -> nn.Module:
-        recipe = op.recipe(NAMES, prompts="frozen")
-        head = op.OrdinalPromptHead(bert, NAMES, tokenizer=tokenizer, context="the feeling of this word is", **recipe)
-        return train(head, head.loss(), op.parameter_groups(head, lr), *data)
-
     errors: dict[str, list[float]] = {"linear head": [], "prompt head": []}
-    best: Any = None
     print(f"mean absolute error in ranks on {len(test)} test words, mean of {SEEDS} seeds")
     for shots in SHOTS:
-        for name, make, rates in (
-            ("linear head", linear_head, (1e-2, 1e-1, 1.0)),
-            ("prompt head", prompt_head, (1e-4, 1e-3, 1e-2)),
-        ):
-            found = []
-            for seed in range(SEEDS):
-                few = training[op.protocols.few_shot_indices(labels[training], shots, torch.manual_seed(seed))]
-                heads = [make(lr, features[few], labels[few]) for lr in rates]
-                best = min(heads, key=lambda head: error(head, validation))
-                found.append(error(best, test))
-            errors[name].append(sum(found) / SEEDS)
+        found = []
+        for seed in range(SEEDS):
+            few = training[op.protocols.few_shot_indices(labels[training], shots, torch.manual_seed(seed))]
+            linear = [linear_head(lr, features[few], labels[few]) for lr in (1e-2, 1e-1, 1.0)]
+            best = min(linear, key=lambda head: error(head, validation))
+            options = op.recipe(NAMES, prompts="fitted")
+            head = op.OrdinalPromptHead(
+                bert, NAMES, tokenizer=tokenizer, context="the feeling of this word is", **options
+            )
+            op.fit_head(head, features[few], labels[few]).eval().requires_grad_(False)
+            found.append((error(best, test), error(head, test)))
+        for name, values in zip(errors, zip(*found, strict=True), strict=True):
+            errors[name].append(sum(values) / SEEDS)
         told = ", ".join(f"{name} {means[-1]:.3f}" for name, means in errors.items())
         print(f"  {shots:>2} words per rank: {told}")
 
-    layer = best.export_prototypes()
-    assert torch.allclose(layer(features[test]), best(features[test]), atol=1e-3)
+    layer = head.export_prototypes()
+    assert torch.allclose(layer(features[test]), head(features[test]), atol=1e-3)
     print(f"\nexported, with equal predictions and without the text model: {layer}")
     plot(path, layer.weight, errors)
     print(f"picture: {path}")
