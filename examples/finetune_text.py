@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from ordered_data import DataError, rank_labels, read_table, split
-from quickstart import NAMES, read_words
+from quickstart import CONTEXT, NAMES, rated_words
 from runs import in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
@@ -145,9 +145,10 @@ def main() -> None:
     parser.set_defaults(lr=[1e-3, 3e-3, 1e-2], epochs=10, patience=3, settings="frozen")
     options = parser.parse_args()
     if options.demo:
-        one = {word[:4]: word for word in read_words()}  # of those that begin alike: no part gives another's away
-        texts, labels = [*one.values()], [NAMES[read_words()[word]] for word in one.values()]
-        options.rank_names, options.context = NAMES, "the feeling of this word is"
+        # One of the words that begin alike: no part may give away another's.
+        one = {word[:4]: (word, NAMES[rank]) for word, rank in zip(*rated_words(), strict=True)}
+        texts, labels = map(list, zip(*one.values(), strict=True))
+        options.rank_names, options.context = NAMES, CONTEXT
         options.shots = options.shots or 64
     elif options.data:
         texts, labels = read_table(options.data, options.text_column, options.label_column)

@@ -1,127 +1,125 @@
-"""From a linear head to a prompt head in one run: how good or bad does a word feel?
+"""A linear head and a prompt head, side by side: how good or bad does a word feel?
 
-Real input, offline: 7,174 words with the mean rating of ten people (vaderSentiment), rounded to eight ranks.  Features
-are sentence embeddings of all-MiniLM-L6-v2, which also encodes the prompts.  Words that begin alike ("abandon",
-"abandoned") stay in one part.  Both heads choose learning rate and epoch on validation words, then meet the test words.
+Real input, offline: words with the mean of ten people's ratings (vaderSentiment), as eight ranks from "extremely
+negative" to "very positive".  Features are all-MiniLM-L6-v2 sentence embeddings, and the same MiniLM encodes the names
+of the ranks.  Both heads learn from a few words per rank.  The linear head's learning rate is chosen on validation
+words; the prompt head is fitted, and needs neither.
+
+    python examples/quickstart.py
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.resources
 import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
-from matplotlib import pyplot as plt
 from runs import load_text_encoder
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
 import ordinal_prompt as op
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+VALUES = [-4, -3, -2, -1, 0, 1, 2, 3]
 NAMES = ["extremely negative", "very negative", "negative", "slightly negative", "neutral", "slightly positive"]
 NAMES += ["positive", "very positive"]
-VALUES = torch.arange(-4.0, 4.0)  # the ratings that they stand for
-LEARNING_RATES = (1e-3, 1e-2, 1e-1)
+CONTEXT = "the feeling of this word is"
+SHOTS, SEEDS, STEPS = (1, 4, 16, 64), 3, 100
 
 
-def read_words() -> dict[str, int]:
-    """Words and their rank indices."""
+def rated_words() -> tuple[list[str], Tensor]:
+    """Words and the rank of their rating, rounded."""
     lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-    rows = (line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines())
-    return {word: round(float(mean)) + 4 for word, mean, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
+    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
+    rated = {word: round(float(rating)) for word, rating, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
+    return list(rated), op.rank_indices(list(rated.values()), VALUES)
 
 
 @torch.no_grad()
-def embed(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Sentence embeddings (N, D): the mean over the tokens, of unit norm."""
+def embed(texts: list[str], bert: Any, tokenizer: Any) -> Tensor:
+    """Sentence embeddings (N, 384): the mean over the tokens of each text."""
     rows = []
-    for start in tqdm(range(0, len(texts), 64), "embedding"):
-        batch = tokenizer(texts[start : start + 64], padding=True, return_tensors="pt")
-        hidden = encoder(**batch).last_hidden_state * batch["attention_mask"][..., None]
-        rows.append(F.normalize(hidden.sum(dim=1), dim=-1))
-    return torch.cat(rows)
+    for start in range(0, len(texts), 256):
+        tokens = tokenizer(texts[start : start + 256], padding=True, return_tensors="pt")
+        mask = tokens["attention_mask"][..., None]
+        rows.append((bert(**tokens).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
+    return nn.functional.normalize(torch.cat(rows), dim=1)
 
 
-@torch.no_grad()
-def error(head: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Mean absolute error on features (N, D) with rank indices (N,), in units of the ratings."""
-    return (op.decode(head.eval()(data[0]), values=VALUES) - VALUES[data[1]]).abs().mean().item()
+def linear_head(lr: float, features: Tensor, labels: Tensor) -> nn.Module:
+    """A linear head, trained with one learning rate."""
+    head = nn.Linear(features.shape[1], len(NAMES))
+    optimizer = torch.optim.AdamW(head.parameters(), lr)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    return head.eval().requires_grad_(False)
 
 
-def train(head: Any, lr: float, few: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> tuple[float, Any]:
-    """Trains until ten epochs bring nothing; returns the least validation error, and the head as it was then."""
-    head, (features, labels) = copy.deepcopy(head), few
-    ours = isinstance(head, op.OrdinalPromptHead)
-    optimizer = torch.optim.AdamW(op.parameter_groups(head, lr) if ours else head.parameters(), lr)
-    loss_function = head.loss() if ours else nn.CrossEntropyLoss()
-    best, kept, left = error(head, val), copy.deepcopy(head), 10
-    while left:
-        head.train()
-        for batch in torch.randperm(len(labels)).split(max(32, len(labels) // 16)):
-            optimizer.zero_grad()
-            loss_function(head(features[batch]), labels[batch]).backward()
-            optimizer.step()
-        left -= 1
-        if (now := error(head, val)) < best:
-            best, kept, left = now, copy.deepcopy(head), 10
-    return best, kept
-
-
-def plot(path: Path, before: Tensor, after: Tensor, errors: dict[str, dict[str, Tensor]]) -> None:
+def plot(path: Path, before: Tensor, after: Tensor, errors: dict[str, list[float]]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     for axis, rows, when in ((axes[0], before, "before training, from names"), (axes[1], after, "after training")):
-        unit, told = F.normalize(rows), f"ordinality {op.ordinality(rows):.2f}, chance {0.5 + 1 / len(NAMES):.2f}"
-        figure.colorbar(axis.imshow(unit @ unit.T), ax=axis, shrink=0.8, label="cosine")
-        axis.set(title=f"Rank prototypes {when}\n{told}", xticks=[], yticks=range(len(NAMES)), yticklabels=NAMES)
-    for name, runs in errors.items():
-        mean, deviation = zip(*(torch.std_mean(run, correction=0)[::-1] for run in runs.values()), strict=True)
-        axes[2].errorbar([*runs], mean, deviation, marker="o", capsize=4, label=name)
-    axes[2].set(title="Error on test words", xlabel="training words per rank", ylabel="mean absolute error, in ratings")
+        unit = nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+        figure.colorbar(axis.imshow(unit @ unit.T, cmap="RdBu", vmin=-1, vmax=1), ax=axis, shrink=0.8, label="cosine")
+        told = f"ordinality {op.ordinality(rows):.2f}, chance {0.5 + 1 / len(rows):.2f}"
+        axis.set_title(f"rank prototypes {when}, centred\n{told}")
+        axis.set(xticks=[], yticks=range(len(NAMES)), yticklabels=NAMES)
+    for name, means in errors.items():
+        axes[2].plot([*map(str, SHOTS)], means, marker="o", label=name)
+    axes[2].set(title="error on test words", xlabel="training words per rank", ylabel="mean absolute error in ranks")
     axes[2].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder; default %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="each draws other training words; default %(default)s")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    encoder, tokenizer = load_text_encoder("minilm")
-    words = read_words()
-    features, labels = embed(encoder, tokenizer, [*words]), torch.tensor([*words.values()])
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(features, labels, [word[:3] for word in words])
-    test, val, *others = (torch.from_numpy(fold) for _, fold in folds)
-    train_words = torch.cat(others)
-    print(f"{len(train_words)} training, {len(val)} validation and {len(test)} test words in {len(NAMES)} ranks")
-    options = op.recipe(NAMES, prompts="frozen")  # nearly as good as learned ones, and as cheap as a linear head
-    options |= {"tokenizer": tokenizer, "rank_values": VALUES, "context": "the feeling of this word is"}
-    prompt_head = op.OrdinalPromptHead(encoder, NAMES, **options)
-    heads = {"linear head": nn.Linear(features.shape[1], len(NAMES)), "prompt head": prompt_head}
-    shots = {"1": 1, "8": 8, "64": 64, "all": len(words)}
-    errors = {name: {size: torch.zeros(args.seeds) for size in shots} for name in heads}
-    trained: Any = None
-    for size, seed in tqdm([(size, seed) for size in shots for seed in range(args.seeds)], "training"):
-        few = train_words[op.protocols.few_shot_indices(labels[train_words], shots[size], torch.manual_seed(seed))]
-        parts = (features[few], labels[few]), (features[val], labels[val])
-        for name, head in heads.items():
-            _, trained = min((train(head, lr, *parts) for lr in LEARNING_RATES), key=lambda run: run[0])
-            errors[name][size][seed] = error(trained, (features[test], labels[test]))
-    print("\nMean absolute error on test words, mean ± sd over seeds\nwords per rank", *heads, sep="   ")
-    for size in shots:
-        cells = (f"{runs[size].mean():.3f} ± {runs[size].std(correction=0):.3f}" for runs in errors.values())
-        print(f"{size:>14}", *cells, sep="   ")
-    torch.save(trained.export(), args.out / "head.pt")  # layers of torch.nn: it runs without ordinal_prompt
-    exported = torch.load(args.out / "head.pt", weights_only=False)
-    torch.testing.assert_close(exported(features[test]), trained(features[test]), rtol=1e-4, atol=1e-4)
-    print(f"\nIn {args.out}: quickstart.png, and head.pt, exported, loaded and equal")
-    plot(args.out / "quickstart.png", prompt_head.prototypes(), exported[-1].weight.detach(), errors)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plot", type=Path, default=Path("outputs/quickstart.png"), help="default %(default)s")
+    path = parser.parse_args().plot
+    bert, tokenizer = load_text_encoder("minilm")
+    words, labels = rated_words()
+    print(f"embedding {len(words)} rated words …")
+    features = embed(words, bert, tokenizer)
+    # Words with the same first four letters stay in one part: "abandon" would give "abandoned" away.
+    families = [word[:4] for word in words]
+    rest, test = next(GroupShuffleSplit(test_size=0.25, random_state=0).split(words, groups=families))
+    kept = next(GroupShuffleSplit(test_size=0.2, random_state=0).split(rest, groups=[families[i] for i in rest]))
+    training, validation = (rest[part] for part in kept)
+
+    def error(head: nn.Module, part: Any) -> float:
+        return (op.decode(head(features[part])) - labels[part]).abs().mean().item()
+
+    errors: dict[str, list[float]] = {"linear head": [], "prompt head": []}
+    print(f"mean absolute error in ranks on {len(test)} test words, mean of {SEEDS} seeds")
+    for shots in SHOTS:
+        found = []
+        for seed in range(SEEDS):
+            few = training[op.protocols.few_shot_indices(labels[training], shots, torch.manual_seed(seed))]
+            linear = [linear_head(lr, features[few], labels[few]) for lr in (1e-2, 1e-1, 1.0)]
+            best = min(linear, key=lambda head: error(head, validation))
+            options = op.recipe(NAMES, prompts="fitted")
+            head = op.OrdinalPromptHead(bert, NAMES, tokenizer=tokenizer, context=CONTEXT, **options)
+            before = head.prototypes().detach()
+            op.fit_head(head, features[few], labels[few]).eval().requires_grad_(False)
+            found.append((error(best, test), error(head, test)))
+        for name, values in zip(errors, zip(*found, strict=True), strict=True):
+            errors[name].append(sum(values) / SEEDS)
+        told = ", ".join(f"{name} {means[-1]:.3f}" for name, means in errors.items())
+        print(f"  {shots:>2} words per rank: {told}")
+
+    layer = head.export_prototypes()
+    assert torch.allclose(layer(features[test]), head(features[test]), atol=1e-3)
+    print(f"\nexported, with equal predictions and without the text model: {layer}")
+    plot(path, before, layer.weight, errors)
+    print(f"picture: {path}")
 
 
 if __name__ == "__main__":

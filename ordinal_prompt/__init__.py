@@ -7,6 +7,8 @@ left behind as a plain layer by `export_heads`.
 from typing import TYPE_CHECKING, Any
 
 from ordinal_prompt import losses, protocols, text
+from ordinal_prompt.calibration import Calibration, adapt_prior, calibrate
+from ordinal_prompt.conformal import ConformalRanks
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import PrototypeLinear
 from ordinal_prompt.fitting import fit_head, regularization
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "ConformalRanks",
     "OrdinalPromptClassifier",
     "OrdinalPromptHead",
     "OrdinalPromptLoss",
     "PrototypeLinear",
+    "adapt_prior",
+    "calibrate",
     "decode",
     "export_heads",
     "fit_head",

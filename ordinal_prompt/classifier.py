@@ -138,7 +138,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _ranks(self, y: Array) -> Array:
         found = np.unique(y)
         if self.ranks is None:
-            if found.dtype.kind not in "biuf" and self.text_encoder is not None:
+            if found.dtype.kind not in "biuf":
                 raise ValueError(f"Expected `ranks`, the labels in order, for labels that are words: {found[:10]}.")
             ranks = found
         else:

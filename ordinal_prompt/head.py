@@ -124,6 +124,7 @@ class OrdinalPromptHead(RankPrototypes):
     ) -> None:
         config = HeadConfig.from_arguments(locals())
         source = adapt(text_encoder, trainable=not config.freeze_text_encoder)
+        tokenizer = tokenizer or getattr(text_encoder, "tokenizer", None)  # a SentenceTransformer has its own
         prompt = PromptLearner.from_words(config, source, tokenizer, device, dtype)
         log_scale = config.logit_scale
         if log_scale is None and source.log_scale is not None:

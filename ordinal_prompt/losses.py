@@ -248,7 +248,9 @@ class OrdinalPromptLoss(nn.Module):
         if self.ignore_index is not None and kind != "distributions":
             there = (labels != self.ignore_index).reshape(len(labels), -1).all(dim=1)
             sample_weight = there.to(logits.dtype) if sample_weight is None else sample_weight * there
-            first = 0 if self.rank_values is None else self.rank_values[0].to(labels.dtype)
+            if self.rank_values is not None:
+                labels = labels.double()
+            first = 0 if self.rank_values is None else self.rank_values[0].double()
             labels = torch.where(there if kind == "indices" else there[:, None], labels, first)
         if kind == "distributions":
             self._check_distributions(labels)
@@ -274,7 +276,7 @@ class OrdinalPromptLoss(nn.Module):
             return "indices"
         if logits.dim() and labels.shape == logits.shape and real:
             return "distributions"
-        if logits.dim() and labels.shape == (*logits.shape[:-1], 2) and (values or not real):
+        if logits.dim() and labels.shape == (*logits.shape[:-1], 2) and (values or not real) and logits.shape[-1] > 2:
             return "ranges"
         raise ValueError(
             f"Expected one label for each row of logits {tuple(logits.shape)} (or a distribution over its ranks, or the"

@@ -53,7 +53,10 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
         prefixes = tuple(f"{name}." for name in heads)
         of_heads = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
         state = _read_by_transformers(model, source) | of_heads
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # another size
+        raise ValueError(f"The weights do not fit {type(model).__name__}: {error}") from error
     loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
     missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]  # shared ones are there
     if missing or unexpected:

@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--patience", type=int, default=budget.patience, help="looks without improvement (default: %(default)s)")
     add("--batch-size", type=int, default=budget.batch_size, help="default: %(default)s")
     add("--output", type=Path, metavar="DIR", help="default: outputs/compare-DATA")
+    few = "validate on as few samples per rank as are trained on, at most 4, instead of the whole validation part"
+    add("--few-validation", action="store_true", help=few)
     add("--device", type=torch.device, default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     return parser
@@ -66,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 def load_task(args: argparse.Namespace) -> Task:
     """The task that the options describe; ValueError and OSError say what is wrong with options or data."""
-    needed = {"sst5": ["folder"], "texts": ["folder", "rank_names", "context"], "features": ["features"]}
+    needed = {
+        "sst5": ["folder"],
+        "complexity": ["folder"],
+        "texts": ["folder", "rank_names", "context"],
+        "features": ["features"],
+    }
     missing = [f"--{name.replace('_', '-')}" for name in needed.get(args.data, []) if not getattr(args, name)]
     if missing:
         raise ValueError(f"--data {args.data} needs {' and '.join(missing)}; --help says what they are.")
@@ -98,6 +105,7 @@ def compare(
     seeds: Sequence[int],
     budget: Budget,
     records: Records,
+    few_validation: bool = False,
 ) -> None:
     """Runs what is missing, and adds it to the records."""
     unfit: dict[str, str] = {}
@@ -110,7 +118,8 @@ def compare(
         indices = setting.indices(task.labels["train"], seed)
         start = time.perf_counter()
         try:
-            result = run(HEADS[head], task, indices, seed, budget)
+            judged = setting.with_few_validation(task, seed) if few_validation else task
+            result = run(HEADS[head], judged, indices, seed, budget)
         except UnfitError as error:
             unfit[head] = str(error)
         else:
@@ -138,9 +147,10 @@ def study(args: argparse.Namespace) -> None:
         "context": task.context,
         "text_encoder": args.text_encoder,
         **asdict(budget),
+        **({"few_validation": True} if args.few_validation else {}),
     }
     records = Records(output, options)
-    compare(task.to(args.device), heads, settings, seeds, budget, records)
+    compare(task.to(args.device), heads, settings, seeds, budget, records, args.few_validation)
     runs, names = records.frame(), [setting.name for setting in settings]
     title = f"Heads on {task.name}: {task.num_ranks} ranks, seeds {', '.join(map(str, seeds))}"
     text = report(runs, names, heads, ours, title)

@@ -31,6 +31,16 @@ ADJECTIVE_SCALES: dict[str, tuple[dict[int, str], int, str]] = {
     "polarity": ({value: FEELINGS[value] for value in range(-3, 4)}, 3, "the feeling of this description is"),
 }
 ADJECTIVE_SEED = 0
+COMPLEXITY = [
+    "trivial",
+    "very easy",
+    "easy",
+    "rather easy",
+    "neither easy nor hard",
+    "rather hard",
+    "hard",
+    "very hard",
+]
 SST5_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
 
 Pairs = Mapping[str, Sequence[tuple[str, int]]]  # texts and rank indices of each part
@@ -92,6 +102,19 @@ def read_texts(folder: str | Path, rank_names: Sequence[str]) -> Pairs:
     return pairs
 
 
+def complexity(folder: str | Path) -> Pairs:
+    """Words in sentences and how complex they are (CompLex, SemEval 2021): train.tsv, trial.tsv and test.tsv.
+
+    Ranks are bins of 0.1 of the mean rating, the last one open.
+    """
+    pairs = {}
+    for part, name in zip(PARTS, ("train.tsv", "trial.tsv", "test.tsv"), strict=True):
+        table = pd.read_csv(Path(folder) / name, sep="\t", quoting=3, keep_default_na=False)
+        ranks = np.minimum(np.floor(table["complexity"].to_numpy() * 10 + 1e-9), len(COMPLEXITY) - 1).astype(int)
+        pairs[part] = list(zip(table["token"] + ": " + table["sentence"], ranks.tolist(), strict=True))
+    return pairs
+
+
 def text_task(name: str, pairs: Pairs, names: Mapping[int, str], context: str) -> Task:
     """A task on sentence embeddings of texts; names are those of the ranks by value, lowest first."""
     features = sentence_features(name, [text for part in PARTS for text, _ in pairs[part]])
@@ -149,6 +172,9 @@ DATA_SETS: dict[str, Callable[[Namespace], Task]] = {
     "subjectivity": lambda _: adjective_task("subjectivity"),
     "polarity": lambda _: adjective_task("polarity"),
     "sst5": lambda given: file_task("sst5", given.folder, SST5_NAMES, "a movie review that sounds"),
+    "complexity": lambda given: text_task(
+        "complexity", complexity(given.folder), dict(enumerate(COMPLEXITY)), "this word in its sentence is"
+    ),
     "texts": lambda given: file_task("texts", given.folder, given.rank_names, given.context),
     "features": lambda given: feature_task(given.features, given.rank_names),
 }

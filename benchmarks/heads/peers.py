@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from language import LANGUAGE_HEADS
 from protocol import Build, Estimator, Head, UnfitError
 from task import Task
 from torch import Tensor, nn
@@ -178,6 +179,7 @@ HEADS: dict[str, Build] = {
     "names-projected": paper(None, project=True),
     **{f"prompt-{kind}": paper(kind) for kind in INTERPOLATIONS},
     **{f"prompt-{kind}-projected": paper(kind, project=True) for kind in INTERPOLATIONS},
+    **LANGUAGE_HEADS,
     "ours": recipe("learned"),
     "ours-frozen": recipe("frozen"),
     "ours-projected": recipe("learned", project=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,14 @@ class Setting:
         if self.shift is not None:
             return label_shift_indices(labels, *self.shift, generator)
         return torch.arange(len(labels))
+
+    def with_few_validation(self, task: Task, seed: int) -> Task:
+        """The task with as few validation as training samples per rank, at most 4; all where all are trained on."""
+        if self.shots is None:
+            return task
+        kept = few_shot_indices(task.labels["val"], min(self.shots, 4), torch.Generator().manual_seed(seed))
+        part = {name: {**kind, "val": kind["val"][kept]} for name, kind in (("x", task.features), ("y", task.labels))}
+        return replace(task, features=part["x"], labels=part["y"])
 
 
 def run(build: Build, task: Task, indices: Tensor, seed: int, budget: Budget) -> dict[str, float]:

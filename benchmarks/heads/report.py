@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
 
-PEERS = ("linear", "coral", "corn")
+_WITH_LANGUAGE = ("started-at-names", "cross-modal", "clap", "tip-adapter", "gaussian", "prolip", "zero-shot")
+PEERS = ("linear", "coral", "corn", "ridge", *_WITH_LANGUAGE)
 BEST = "the best of them"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ordinal_prompt.text.open_clip import is_tower, open_clip_text
 from ordinal_prompt.text.prompts import Prompts, TextEncoder
+from ordinal_prompt.text.sentence import SentenceHalf, is_sentence_transformer, word_embedding
 from ordinal_prompt.text.tokens import PromptTokenizer
 from ordinal_prompt.text.towers import text_half
 from ordinal_prompt.text.transformers import (
@@ -70,7 +71,8 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
 
     Args:
         model: `open_clip.CLIP`, `CustomTextCLIP`, `CoCa` or a text tower of theirs; a text model of transformers
-            (bare, or a `TransformersTextEncoder`); or an object with the members of `TextEncoder`.
+            (bare, or a `TransformersTextEncoder`); a `SentenceTransformer`; or an object with the members of
+            `TextEncoder`.
         trainable: keep the parameters trainable (and the caller's own) instead of frozen views of them.
 
     Raises:
@@ -79,9 +81,11 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
     if isinstance(model, TextEncoder):
         half: Any = text_half(model) if isinstance(model, nn.Module) and not trainable else model
         return AdaptedText(half, model.embed_tokens, _log_scale(model))
-    pooling = "mean"
+    pooling = None
     if isinstance(model, TransformersTextEncoder):
         model, pooling = model.model, model.pooling
+    if is_sentence_transformer(model):
+        return AdaptedText(SentenceHalf(model, trainable), word_embedding(model), _log_scale(model))
     text = getattr(model, "text", None)
     tower: Any = text if isinstance(text, nn.Module) else model
     if isinstance(tower, nn.Module):
@@ -96,8 +100,9 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
             return AdaptedText(half, token_embedding(tower), _log_scale(model))
     raise TypeError(
         f"Expected `text_encoder` to hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip "
-        "model (CLIP, CustomTextCLIP, CoCa) or its text tower, a text model of transformers, and any object with the "
-        "members of ordinal_prompt.text.TextEncoder (width, embed_dim, context_length, embed_tokens, encode)."
+        "model (CLIP, CustomTextCLIP, CoCa) or its text tower, a text model of transformers, a SentenceTransformer, "
+        "and any object with the members of ordinal_prompt.text.TextEncoder (width, embed_dim, context_length, "
+        "embed_tokens, encode)."
     )
 
 

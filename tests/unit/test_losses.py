@@ -82,6 +82,7 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.tensor([0, 1, 2])
         (LOGITS, torch.eye(4)[:3] * 2, ValueError, "each summing to one"),
         (LOGITS, torch.eye(4)[:3].long(), ValueError, r"got labels of shape \(3, 4\), torch.int64"),
         (LOGITS, torch.tensor([[0, 1], [2, 1], [1, 1]]), ValueError, "some end before they start"),
+        (LOGITS[:, :2], torch.tensor([[0, 1]] * 3), ValueError, "got labels of shape"),  # one-hot, most probably
         (LOGITS, torch.tensor([True, False, True]), TypeError, "integer rank indices"),
         (LOGITS, torch.tensor([[0, 1, 2]]), ValueError, "one label for each row"),
         (LOGITS, [0, 1, 2], TypeError, "`labels` to be a tensor, but got list"),
@@ -177,6 +178,8 @@ def test_missing_labels_and_weight_zero_leave_samples_out(rank_weights: Any) -> 
     value, gradient = both(loss, logits, torch.full((6,), -100))
     assert value == 0
     assert (gradient == 0).all()
+    halves = op.OrdinalPromptLoss(ignore_index=-100, rank_values=[0.5, 1, 2, 3])
+    torch.testing.assert_close(halves(logits[:2], torch.tensor([1, -100])), halves(logits[:1], torch.tensor([1])))
     with pytest.raises(ValueError, match="got -100…3"):
         op.OrdinalPromptLoss()(logits, labels)
 

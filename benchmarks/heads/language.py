@@ -1,0 +1,191 @@
+"""Heads that also use the rank names: what whoever has a text encoder can do without this library.
+
+Each follows its paper's settings as far as they carry over to features of any text encoder: cosines are scaled as our
+head scales them (10 over the spread of the names' embeddings) where CLIP would scale by 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from protocol import Build, Estimator, Head, UnfitError
+from task import Task
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ordinal_prompt as op
+from ordinal_prompt.matching import log_scale_of_spread
+
+Predict = Callable[[Tensor], Tensor]
+
+
+def name_embeddings(task: Task) -> tuple[Tensor, float]:
+    """(K, D) unit-norm embeddings of the rank names in their context, and the factor on cosines."""
+    if task.text_encoder is None or task.rank_names is None:
+        raise UnfitError("there are no rank names, or no text encoder")
+    model, tokenizer = task.text_encoder()
+    options = op.recipe(task.rank_names, prompts="frozen")
+    head = op.OrdinalPromptHead(model, task.rank_names, tokenizer=tokenizer, context=task.context or "", **options)
+    names = head.prototypes().detach()
+    if names.shape[1] != task.num_features:
+        raise UnfitError(f"features of width {task.num_features} are outside the text encoder's space")
+    return names, float(log_scale_of_spread(names, 10.0).exp())
+
+
+def zero_shot(task: Task) -> Estimator:
+    """Cosines to the names' embeddings."""
+    names, scale = name_embeddings(task)
+    return Estimator(lambda _, __: lambda x: (scale * x @ names.T).softmax(dim=1))
+
+
+def started_at_names(task: Task) -> Head:
+    """A linear layer that starts at the names' embeddings."""
+    names, scale = name_embeddings(task)
+    layer = nn.Linear(task.num_features, task.num_ranks)
+    with torch.no_grad():
+        layer.weight.copy_(scale * names)
+        layer.bias.zero_()
+    return Head(layer, nn.CrossEntropyLoss(), rate=0.3)
+
+
+def cross_modal(task: Task) -> Head:
+    """Started at the names, whose embeddings are samples too, with half of the loss (Lin et al., CVPR 2023)."""
+    names, _ = name_embeddings(task)
+    head = started_at_names(task)
+    ranks = torch.arange(task.num_ranks)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(head.module(names), ranks)) / 2
+
+    return Head(head.module, loss, rate=0.3)
+
+
+def clap(task: Task) -> Head:
+    """Started at the names and pulled towards them, each rank by how well zero-shot does on its training samples
+    (Silva-Rodríguez et al., CVPR 2024)."""
+    names, scale = name_embeddings(task)
+    head = started_at_names(task)
+    pull: dict[str, Tensor] = {}
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if not pull:  # the first step: the head is the zero-shot one, and the multipliers are set for good
+            right = logits.detach().softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            sums = torch.zeros(task.num_ranks).index_add(0, labels, right)
+            pull["of"] = sums / labels.bincount(minlength=task.num_ranks).clamp_min(1)
+        weight: Tensor = head.module.get_parameter("weight") / scale
+        return F.cross_entropy(logits, labels) + (pull["of"] * (weight - names).square().sum(dim=1)).sum()
+
+    return Head(head.module, loss, rate=0.3)
+
+
+def tip_adapter(task: Task) -> Estimator:
+    """Zero-shot plus a cache of the training samples, with its usual α = 1, β = 5.5 (Zhang et al., ECCV 2022)."""
+    names, scale = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        cache, one_hot = F.normalize(x, dim=1), F.one_hot(y, task.num_ranks).to(x.dtype)
+
+        def predict(z: Tensor) -> Tensor:
+            z = F.normalize(z, dim=1)
+            return (scale * z @ names.T + (5.5 * (z @ cache.T - 1)).exp() @ one_hot).softmax(dim=1)
+
+        return predict
+
+    return Estimator(fit)
+
+
+def gaussian(task: Task) -> Estimator:
+    """Zero-shot plus Gaussian discriminant analysis with one shrunken covariance (Wang et al., ICLR 2024), α = 1."""
+    names, scale = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        centres = torch.stack(
+            [x[y == k].mean(dim=0) if (y == k).any() else x.mean(dim=0) for k in range(task.num_ranks)]
+        )
+        rest, dim = (x - centres[y]).double(), x.shape[1]
+        covariance = rest.T @ rest / len(x)
+        trace = covariance.trace().clamp_min(1e-6)
+        precision = dim * torch.linalg.inv((len(x) - 1) * covariance + trace * torch.eye(dim, dtype=torch.float64))
+        weight = (centres.double() @ precision).float()
+        bias = -(weight * centres).sum(dim=1) / 2
+        return lambda z: (scale * z @ names.T + z @ weight.T + bias).softmax(dim=1)
+
+    return Estimator(fit)
+
+
+def prolip(task: Task) -> Estimator:
+    """A map of the features, penalised by 1/N away from the identity (Fahes et al., 2024, on features)."""
+    names, scale = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        change = torch.zeros(x.shape[1], x.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS([change], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(scale * (x + x @ change) @ names.T, y) + change.square().sum() / len(x)
+            loss.backward()
+            return float(loss.detach())
+
+        optimizer.step(closure)
+        weight = (scale * (names + names @ change.T)).detach()
+        return lambda z: (z @ weight.T).softmax(dim=1)
+
+    return Estimator(fit)
+
+
+def ridge(task: Task) -> Estimator:
+    """scikit-learn's penalised logistic regression, its strength by cross-validation on the training samples."""
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        folds = min(5, int(y.bincount()[y.unique()].min()))
+        if folds < 2:
+            model = LogisticRegression(C=10.0, max_iter=2000)
+        else:
+            model = LogisticRegressionCV(
+                Cs=7, cv=folds, max_iter=2000, scoring="neg_log_loss", use_legacy_attributes=False
+            )
+        model.fit(x.numpy(), y.numpy())
+
+        def predict(z: Tensor) -> Tensor:
+            found = torch.zeros(len(z), task.num_ranks)
+            found[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(z.numpy())).float()
+            return found
+
+        return predict
+
+    return Estimator(fit)
+
+
+def fitted(task: Task) -> Estimator:
+    """Ours: `op.fit_head`, around the names' prototypes on a line; outside the text encoder's space, around zero."""
+    if task.text_encoder is None:
+        raise UnfitError("there is no text encoder")
+    model, tokenizer = task.text_encoder()
+    names = task.rank_names or tuple(f"{value:g}" for value in task.rank_values.tolist())
+    options = {"tokenizer": tokenizer, "context": task.context or "", **op.recipe(names, prompts="fitted")}
+    head = op.OrdinalPromptHead(model, names, rank_values=task.rank_values, **options)
+    if head.in_features != task.num_features:
+        options |= {"in_features": task.num_features, "normalize": False}
+        head = op.OrdinalPromptHead(model, names, rank_values=task.rank_values, **options)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        op.fit_head(head, x, y).eval().requires_grad_(False)
+        return head.predict_proba
+
+    return Estimator(fit)
+
+
+LANGUAGE_HEADS: dict[str, Build] = {
+    "zero-shot": zero_shot,
+    "ridge": ridge,
+    "started-at-names": started_at_names,
+    "cross-modal": cross_modal,
+    "clap": clap,
+    "tip-adapter": tip_adapter,
+    "gaussian": gaussian,
+    "prolip": prolip,
+    "ours-fitted": fitted,
+}

@@ -1,0 +1,89 @@
+"""Temperature, bias and priors, found again where they are known, and folded into exported layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from torch import nn
+
+import ordinal_prompt as op
+
+
+def samples(number: int, bias: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are too large by a factor and lack a bias, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    right = 2 * torch.randn(number, len(bias), generator=generator)
+    labels = torch.multinomial((right + bias).softmax(1), 1, generator=generator)[:, 0]
+    return factor * right, labels
+
+
+def test_temperature_and_bias_are_found_again() -> None:
+    bias = torch.tensor([1.0, 0.0, 0.0, -1.0])
+    logits, labels = samples(20000, bias, 3.0)
+    found = op.calibrate(logits, labels)
+    assert found.temperature == pytest.approx(3, abs=0.1)
+    torch.testing.assert_close(torch.tensor(found.bias) - sum(found.bias) / 4, bias, atol=0.1, rtol=0)
+    assert set(op.calibrate(logits, labels, bias=False).bias) == {0.0}
+
+
+def test_the_optimum_is_that_of_scipy() -> None:
+    logits, labels = samples(50, torch.zeros(3), 2.0)
+    z, y = logits.double().numpy(), labels.numpy()
+
+    def value(flat: Any) -> float:
+        scaled = z / np.exp(flat[0]) + flat[1:]
+        nll = np.log(np.exp(scaled).sum(1)) - scaled[np.arange(50), y]
+        return float(nll.mean() + (flat**2).sum() / 100)
+
+    expected = scipy.optimize.minimize(value, np.zeros(4), options={"gtol": 1e-9}).x
+    found = op.calibrate(logits, labels)
+    np.testing.assert_allclose([np.log(found.temperature), *found.bias], expected, atol=1e-4)
+
+
+def test_samples_that_are_all_right_leave_a_finite_temperature() -> None:
+    labels = torch.arange(40) % 4
+    assert 0.01 < op.calibrate(10 * torch.eye(4)[labels], labels).temperature < 1
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"in_features": 7}, {"residual": 1.0}])
+def test_it_folds_into_exported_layers(options: dict[str, Any], clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, **options).eval()
+    calibration = op.Calibration(1.7, (0.5, 0.0, -0.5, 1.0, 0.0))
+    layers = head.export()
+    features = torch.randn(6, head.in_features)
+    before = layers(features)
+    folded = calibration.fold(layers)
+    torch.testing.assert_close(folded(features), calibration(before), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layers(features), before)
+    with pytest.raises(TypeError, match="end in a linear one"):
+        calibration.fold(nn.ReLU())
+
+
+def test_em_finds_the_prior_of_another_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prior = torch.tensor([0.6, 0.25, 0.1, 0.05])
+    labels = torch.multinomial(prior, 20000, replacement=True, generator=generator)
+    features = torch.eye(4)[labels] * 2 + torch.randn(20000, 4, generator=generator)
+    logits = 2 * features  # the right posterior under a uniform prior, up to a constant
+    found = op.adapt_prior(logits, [1, 1, 1, 1])
+    torch.testing.assert_close(torch.tensor(found.bias).softmax(0), prior, atol=0.02, rtol=0)
+    known = op.adapt_prior(logits, [2, 2, 2, 2], prior)
+    torch.testing.assert_close(torch.tensor(known.bias).softmax(0), prior)
+    before, after = ((z.argmax(1) == labels).float().mean() for z in (logits, found(logits)))
+    assert after > before
+
+
+def test_mistakes() -> None:
+    logits, labels = samples(10, torch.zeros(3), 1.0)
+    with pytest.raises(ValueError, match="at least two samples"):
+        op.calibrate(logits[:1], labels[:1])
+    with pytest.raises(ValueError, match=r"labels in 0…2"):
+        op.calibrate(logits, labels + 1)
+    with pytest.raises(ValueError, match="`train_prior` to be 3 frequencies above zero"):
+        op.adapt_prior(logits, [1, 1])
+    with pytest.raises(ValueError, match="logits of 2 ranks"):
+        op.Calibration(1.0, (0.0, 0.0))(logits)
