@@ -42,9 +42,7 @@ MORPH = {  # OrdinalCLIP's settings for the ages of MORPH II (section 4.1)
 }  # fmt: skip
 DEMO = {"backbone": "resnet10t", "context": "the blur of the photo is", "epochs": 15}
 PATCH = 48
-DEMO_PHOTOS = (
-    ("astronaut", "brick", "camera", "cat", "coffee", "gravel", "rocket"), ("coins", "chelsea"), ("grass", "page")
-)  # fmt: skip
+DEMO_PHOTOS = ("astronaut brick camera cat coffee gravel rocket", "coins chelsea", "grass page")
 DEMO_NAMES = ["none", "barely visible", "slight", "moderate", "strong", "very strong", "extreme"]
 
 
@@ -103,7 +101,7 @@ def demo_data() -> tuple[list[Any], list[str], list[float], list[np.ndarray[Any,
     random = np.random.default_rng(0)
     for photos, number in zip(DEMO_PHOTOS, (14, 20, 20), strict=True):
         start = len(images)
-        for photo in photos:
+        for photo in photos.split():
             pixels = Image.fromarray(getattr(data, photo)()).convert("RGB")
             for rank in range(len(DEMO_NAMES)):
                 blurred = pixels.filter(ImageFilter.GaussianBlur(rank / 2))
@@ -152,12 +150,12 @@ def loaders(options: Any, model: Any, trainer: lightning.Trainer, data: Any) -> 
 def run(kind: str, lr: float, options: Any, data: Any) -> tuple[float, Any]:
     """Trains one head at one learning rate; gives the validation error, and what is needed to test it."""
     lightning.seed_everything(options.seed, verbose=False)
-    _, names, values, _, _ = data
+    names, values = data[1:3]
     model: Any = timm.create_model(options.backbone, pretrained=options.pretrained, num_classes=len(names))
     head: Any = model.get_classifier()
     if kind == "prompt":
         encoder, tokenizer = load_text_encoder(options.text, options.text_weights)
-        ranks: Any = len(names) if data[1] == [f"{value:g}" for value in values] else names
+        ranks: Any = len(names) if names == [f"{value:g}" for value in values] else names
         settings = {} if options.settings == "paper" else op.recipe(ranks, prompts=options.settings)
         head = op.OrdinalPromptHead(
             encoder, ranks, tokenizer=tokenizer, rank_values=values, context=options.context,
@@ -169,11 +167,12 @@ def run(kind: str, lr: float, options: Any, data: Any) -> tuple[float, Any]:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter in of_head)
     folder = options.output / f"{kind}-lr{lr:g}"
-    best = ModelCheckpoint(folder, monitor="val_mae", save_last=True, filename="best")
+    best: Any = ModelCheckpoint(folder, monitor="val_mae", filename="best")
+    latest = ModelCheckpoint(folder, filename="last", enable_version_counter=False)  # of each epoch, for --resume
     trainer = lightning.Trainer(
         max_epochs=options.epochs, accelerator=options.accelerator, devices=options.devices,
         precision=options.precision, strategy="ddp" if options.devices > 1 else "auto", use_distributed_sampler=False,
-        callbacks=[best, EarlyStopping("val_mae", patience=options.patience)], logger=CSVLogger(folder, "", ""),
+        callbacks=[best, latest, EarlyStopping("val_mae", patience=options.patience)], logger=CSVLogger(folder, "", ""),
         enable_model_summary=False, log_every_n_steps=1,
     )  # fmt: skip
     module = Finetuning(model, head, values, lr, options)
@@ -181,7 +180,7 @@ def run(kind: str, lr: float, options: Any, data: Any) -> tuple[float, Any]:
     last = folder / "last.ckpt"
     trainer.fit(module, train, validation, ckpt_path=last if options.resume and last.exists() else None)
     module.load_state_dict(torch.load(best.best_model_path, weights_only=False)["state_dict"])
-    return float(best.best_model_score or torch.inf), (module.eval().cpu(), test, trainer)
+    return float(best.best_model_score), (module.eval().cpu(), test, trainer)
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""Reads ordered data strictly: what would be guessed elsewhere is an error here, or is counted and said.
-
-Tables and folders become inputs (texts, or paths of images), rank indices, and training, validation and test parts.
-"""
+"""Reads ordered data strictly: what would be guessed elsewhere is an error here, or is counted and said."""
 
 from __future__ import annotations
 
@@ -112,6 +109,8 @@ def rank_labels(
     parts = [name.partition("=") for name in names]
     shown = [(name or label).strip() for label, _, name in parts]
     keys = [read(label) for label, _, _ in parts]
+    if numeric and not np.isfinite(keys).all():
+        raise DataError(f"The labels {listed(shown)} are no finite numbers.")
     if len({*keys}) < max(2, len(keys)):
         raise DataError(f"Expected at least two ranks, each once, but got {listed(shown)}.")
     if numeric and keys not in (sorted(keys), sorted(keys, reverse=True)):
@@ -139,10 +138,9 @@ def split(
     shots: int | None = None,
     shift: Sequence[float] | None = None,
 ) -> tuple[Ints, Ints, Ints]:
-    """Positions of the training, validation and test samples, drawn rank by rank.
+    """Positions of the training (thinned out by `shots` and `shift`), validation and test samples, rank by rank.
 
-    Of samples that are the same (have the same `keys`, by default the inputs) one is kept, so that none has a twin in
-    another part.  `shots` and `shift` thin out the training samples: see `few_shot_indices` and `label_shift_indices`.
+    Of samples that are the same (have the same `keys`, by default the inputs) one is kept: none has a twin elsewhere.
     """
     seen: dict[str, int] = {}
     for i, key in enumerate(inputs if keys is None else keys):
@@ -168,6 +166,8 @@ def split(
     train, for_validation, for_test = (np.sort(part) for part in parts)
     generator = torch.Generator().manual_seed(seed)
     if shift is not None:
+        if shift[0] % 1:
+            raise DataError(f"Expected a whole number of ranks to thin out, but got {shift[0]:g}.")
         train = train[label_shift_indices(indices[train], int(shift[0]), shift[1], generator)]
     if shots is not None:
         train = train[few_shot_indices(indices[train], shots, generator)]
@@ -205,7 +205,8 @@ def _check(path: str) -> Any:
     """Fingerprint of an image and its highest value (0 of 8 bits), or what is wrong with it."""
     try:
         with Image.open(path) as image:
-            wide, pixels = image.mode[0] in "IF", np.asarray(ImageOps.exif_transpose(image))
+            wide, upright = image.mode[0] in "IF", ImageOps.exif_transpose(image)
+            pixels = np.asarray(upright if wide else upright.convert("RGB"))  # not a palette's indices
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
     if wide and not (np.isfinite(pixels).all() and pixels.min() >= 0):

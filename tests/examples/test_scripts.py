@@ -201,6 +201,13 @@ TEXTS = ("--head", "prompt", "--lr", 1e-3, "--frozen", "--settings", "paper")
 
 
 @pytest.mark.slow
+def test_the_last_checkpoint_is_that_of_the_last_epoch(photos: Path, tmp_path: Path) -> None:
+    options = ("--data", photos, *IMAGES, "--head", "prompt", "--output", "out", "--patience", 1000, "--lr", 0)
+    run("finetune_images.py", *options, "--epochs", 3, cwd=tmp_path)  # nothing learns: no epoch is better
+    assert torch.load(tmp_path / "out" / "prompt-lr0" / "last.ckpt", weights_only=False)["epoch"] == 2
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_on_texts(reviews: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         common = ("--data", reviews, *TEXTS, "--epochs", 2, "--shots", 8, "--batch-size", 8 // processes)
