@@ -142,7 +142,7 @@ def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
     usual = log_scale_of_spread(head.prototypes().detach(), LOGIT_SPREAD)
     deviation = head.config.residual * head.residual / usual.exp()
     bias = head.config.residual * head.residual_bias
-    return AROUND_PROTOTYPES.penalty(deviation, bias, head.logit_scale - usual) / num_samples
+    return AROUND_PROTOTYPES.penalty(deviation, bias, head.logit_scale[0] - usual) / num_samples
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt import checkpoint
 from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
+from ordinal_prompt.distributed import gathered, handed_out, whole
 from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
+from ordinal_prompt.pretrained import Pretrained
 from ordinal_prompt.prompt import PromptLearner, full_precision
-from ordinal_prompt.prototypes import RankPrototypes
 from ordinal_prompt.text import adapt, hub
 
 LOGIT_SPREAD = 10.0
 
 
-class OrdinalPromptHead(RankPrototypes):
+class OrdinalPromptHead(Pretrained):
     """A classification head over K ordered ranks whose weights a text encoder writes (Li et al., NeurIPS 2022).
 
     Every rank is a prompt of learnable context tokens and a rank embedding, interpolated from a few learnable base
@@ -75,7 +74,7 @@ class OrdinalPromptHead(RankPrototypes):
 
     Attributes:
         prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
-        logit_scale: () log of the factor on the cosines; a parameter where it learns, else a buffer.
+        logit_scale: (1,) log of the factor on the cosines; a parameter where it learns, else a buffer.
         projection: linear layer from `in_features` to `embed_dim`, or None.
         alignment, residual, residual_bias: (D, D), (K, D) and (K,) what the options of these names learn, or None.
         text_encoder: the text half; a frozen one is in no parameter list and no state dict, and shared by copies.
@@ -132,7 +131,7 @@ class OrdinalPromptHead(RankPrototypes):
         self._assemble(config, prompt, source.encoder, source.encoder.embed_dim, log_scale)
         if log_scale is None:
             with torch.no_grad():
-                self.logit_scale.copy_(log_scale_of_spread(self._cached(), config.confidence * LOGIT_SPREAD))
+                self.logit_scale.copy_(log_scale_of_spread(self.kept_prototypes(), config.confidence * LOGIT_SPREAD))
 
     def _assemble(
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
@@ -141,10 +140,9 @@ class OrdinalPromptHead(RankPrototypes):
         super().__init__(config, prompt, text_encoder, embed_dim)
         self.in_features = config.in_features or embed_dim
         self.normalize = config.normalize
-        self._source: dict[str, Any] | None = None
         self._kept_map: Kept[tuple[Tensor, Tensor | None]] | None = None
         like: dict[str, Any] = {"device": prompt.rank_embeddings.device, "dtype": prompt.rank_embeddings.dtype}
-        scale = torch.tensor(log_scale or 0.0, **like)
+        scale = torch.tensor([log_scale or 0.0], **like)  # not (), which FSDP cannot shard
         if config.learn_logit_scale:
             self.logit_scale = nn.Parameter(scale)
         else:  # no parameter, so that nothing that trains a whole model lets it learn
@@ -230,38 +228,10 @@ class OrdinalPromptHead(RankPrototypes):
             projection (if any), `nn.RMSNorm` and `nn.Linear`, of the head's precision.  Equal to the head on any input
             of that precision (features shorter than 1e-10 count as zero); what is not finite raises ValueError.
         """
-        projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
+        with gathered(self):
+            projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
         layers = stock_layers(*self._exported_map(), projection, self.normalize)
         return layers.to(self.prompt.rank_embeddings.dtype)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Saves config (JSON) and weights (safetensors) into a folder; see `from_pretrained`.
-
-        Files are written atomically.  Raises ValueError for learned tensors that are not finite, or are reparametrized.
-        """
-        parts = (self.config, self.prompt, self.state_dict(), self._cached(), self.text_encoder, self._source)
-        checkpoint.save(Path(folder), *parts)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, text_encoder: Any = None) -> OrdinalPromptHead:
-        """Loads what `save_pretrained` saved, in eval mode.
-
-        Args:
-            text_encoder: the one that the head was trained with; if it was saved as trainable, it takes on the weights
-                that were saved.  Without it, open_clip loads the model that `from_open_clip` named.  A head on any
-                other text encoder, or with `text_encoder=False`, comes back with its prototypes alone (`text_encoder`
-                is None): it predicts and exports, but its prompts learn no more.
-
-        Raises:
-            FileNotFoundError: no such folder, or files missing in it.
-            ValueError: damaged files; a text encoder of another width, or with other weights.
-        """
-        saved = checkpoint.load(Path(folder), text_encoder)
-        head = cls.__new__(cls)
-        head._assemble(saved.config, saved.prompt, saved.text_encoder, saved.embed_dim, None)
-        head._source = saved.source
-        saved.load_into(head)
-        return head.eval()
 
     def extra_repr(self) -> str:
         shown = {"embed_dim": self.embed_dim, "num_ranks": self.num_ranks, **self.config.changed()}
@@ -273,15 +243,15 @@ class OrdinalPromptHead(RankPrototypes):
         compute = partial(linear_map, prototypes, *parts, self.config.alignment, self.config.residual)
         learned = [part for part in parts if part is not None]
         learns = prototypes.requires_grad or (torch.is_grad_enabled() and any(part.requires_grad for part in learned))
-        if learns or traced():
+        if learns or traced() or handed_out(self, self.prompt):
             return compute()
         self._kept_map = still_kept(self._kept_map, compute, ([prototypes], learned), learned)
         return self._kept_map.result
 
     @torch.no_grad()
     def _exported_map(self) -> tuple[Tensor, Tensor | None]:
-        prototypes = self.prototypes()
-        with full_precision(prototypes):
+        prototypes, tensors = self.prototypes(), whole(self.state_dict())
+        with full_precision(prototypes), gathered(self):
             weight, bias = self._linear_map(prototypes)
-        check_finite(**self.state_dict(), prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
+        check_finite(**tensors, prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
         return weight, bias

@@ -24,7 +24,7 @@ def linear_map(
 
     Args:
         prototypes: (K, D) of unit norm.
-        log_scale: () the log of the factor on the cosines.
+        log_scale: (1,) the log of the factor on the cosines.
         alignment: (D, D) A of the map I + factor · A between features and prototypes.
         residual, residual_bias: (K, D) and (K,) what is added, times its factor.
     """

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from torch.nn import functional as F
 
 from ordinal_prompt.cache import Kept, traced
 from ordinal_prompt.config import HeadConfig
+from ordinal_prompt.distributed import gathered, handed_out
+from ordinal_prompt.graph import current_prototypes, register
 from ordinal_prompt.interpolation import laid_on_bases
 from ordinal_prompt.labels import all_strings, rank_indices
 from ordinal_prompt.prompt import PromptLearner, full_precision
@@ -29,7 +30,8 @@ class RankPrototypes(nn.Module):
     changes.  Seen are optimizer steps, `load_state_dict`, writing in place (under `torch.no_grad()`, or through `.data`
     on CPU and CUDA), assigning `.data`, `.to()`, pruning and parametrizations, in the prompts and in the text encoder
     or the model that it shares its weights with (there without `.data`).  Not seen is what is written past PyTorch:
-    through NumPy, another library's pointer, or a replayed CUDA graph.
+    through NumPy, another library's pointer, or a replayed CUDA graph.  Under FSDP, prototypes of prompts that learn
+    are never kept, and those of frozen prompts until `load_state_dict`.
 
     Args:
         config: the options of the head.  A frozen text encoder is kept out of parameters, state dict and copies (copies
@@ -49,7 +51,8 @@ class RankPrototypes(nn.Module):
         self.embed_dim = embed_dim
         self._frozen = frozen = config.freeze_text_encoder or text_encoder is None
         self._kept: Kept[Tensor] | None = None
-        self._key = _register(self)
+        self._reused: Kept[Tensor] | None = None
+        self._key = register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
         self._build_rank_values()
         if isinstance(text_encoder, nn.Module):
@@ -81,10 +84,42 @@ class RankPrototypes(nn.Module):
         that they depend on changes.
         """
         if self._differentiable():
-            return self._encode(self.prompt())
+            return self._encode(self.prompt()) if self._reused is None else self._reused_prototypes(self._reused)
         if torch.compiler.is_compiling():
             return self._in_a_graph()
-        return self._encode(self.prompt()) if traced() else self._cached()
+        return self._encode(self.prompt()) if traced() else self.kept_prototypes()
+
+    @contextmanager
+    def reuse_prototypes(self) -> Iterator[None]:
+        """One text pass for all that is computed inside, as for gradient accumulation.
+
+        Gradients are those of a text pass for each batch: what the losses give to the prototypes is added up, and goes
+        through the text encoder once, when the block ends.  Call `backward()` inside, and clip gradients and step the
+        optimizer behind it.  The text pass runs where the block begins: under autocast, if that is on there.  With
+        DistributedDataParallel, the last batch inside is the one that synchronizes.  Under FSDP the block does nothing.
+
+        Raises:
+            RuntimeError: the prompts were changed inside.
+
+        Example::
+
+            with head.reuse_prototypes():
+                for images, labels in batches:
+                    (loss(model(images), labels) / len(batches)).backward()
+            optimizer.step()
+        """
+        if not self._differentiable() or self._reused is not None or handed_out(self, self.prompt):
+            yield
+            return
+        encoded = self._encode(self.prompt())
+        self._reused = Kept(encoded.detach().requires_grad_(), self._sources(), ())
+        try:
+            yield
+            shared = self._reused_prototypes(self._reused)
+        finally:
+            self._reused = None
+        if shared.grad is not None:
+            encoded.backward(shared.grad)
 
     def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
         """Prototypes at real positions between the first and the last rank, also where no rank is.
@@ -110,39 +145,43 @@ class RankPrototypes(nn.Module):
         if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
             raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
         with torch.set_grad_enabled(self._differentiable()):
-            return (
-                self._encode(self.prompt(inside))
-                if self.config.prototype_bases is None
-                else self._encode(self.prompt(), inside)
-            )
+            if self.config.prototype_bases is None:
+                return self._encode(self.prompt(inside))
+            return self._encode(self.prompt(), inside)
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
         # Reading a guarded tensor may count as writing: not where nothing could be computed anew.
-        guarded = () if self.text_encoder is None else self.prompt.parameters()
+        unguarded = self.text_encoder is None or handed_out(self, self.prompt)
+        guarded = () if unguarded else self.prompt.parameters()
         self._kept = Kept(prototypes, self._sources(), guarded, [*self.prompt.modules()])
 
-    def _cached(self) -> Tensor:
-        """The prototypes without gradients; computed where there are none that hold."""
+    def kept_prototypes(self) -> Tensor:
+        """The prototypes without gradients, (K, D); computed where there are none that hold."""
         if self._kept is not None and self._kept.holds(self._sources(), [*self.prompt.modules()]):
             return self._kept.result
         # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            full_precision(self.rank_values),
-            evaluating(self.text_encoder),
-        ):
-            prototypes = self._encode(self.prompt())
-            self.keep_prototypes(prototypes)
+        with torch.inference_mode(False), torch.no_grad(), full_precision(self.rank_values), gathered(self):
+            with evaluating(self.text_encoder):
+                prototypes = self._encode(self.prompt())
+            if not (handed_out(self, self.prompt) and self._learns()):
+                self.keep_prototypes(prototypes)
         return prototypes
+
+    def _reused_prototypes(self, reused: Kept[Tensor]) -> Tensor:
+        if not torch.compiler.is_compiling() and not reused.holds(self._sources()):
+            raise RuntimeError(
+                "The prompts were changed within reuse_prototypes(); step the optimizer behind the block, and open it "
+                "again for the next batches."
+            )
+        return reused.result
 
     def _in_a_graph(self) -> Tensor:
         """The prototypes without gradients, in a graph that outlives them: a compiled one asks for those that hold
         whenever it runs, an exported one encodes the prompts.
         """
-        if _current_prototypes is not None and not torch.compiler.is_exporting():
-            current: Tensor = _current_prototypes(self.rank_values, self._key)
+        if current_prototypes is not None and not torch.compiler.is_exporting():
+            current: Tensor = current_prototypes(self.rank_values, self._key)
             return current
         with torch.no_grad(), full_precision(self.rank_values):
             return self._encode(self.prompt())
@@ -162,7 +201,10 @@ class RankPrototypes(nn.Module):
         return F.normalize(line, dim=-1)
 
     def _differentiable(self) -> bool:
-        if self.text_encoder is None or not self.training or not torch.is_grad_enabled():
+        return self.training and torch.is_grad_enabled() and self._learns()
+
+    def _learns(self) -> bool:
+        if self.text_encoder is None:
             return False
         encoder = [] if self._frozen else self.text_encoder.parameters()
         prompt = (self.prompt.rank_embeddings, self.prompt.context_embeddings, *self.prompt.parameters())
@@ -170,7 +212,8 @@ class RankPrototypes(nn.Module):
 
     def _sources(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that the prototypes are made of."""
-        return _tensors(self.prompt), self._frozen_tensors if self._frozen else _tensors(self.text_encoder)
+        learned = [] if handed_out(self, self.prompt) else _tensors(self.prompt)
+        return learned, self._frozen_tensors if self._frozen else _tensors(self.text_encoder)
 
     def _set_frozen(self, text_encoder: Any) -> None:
         if isinstance(text_encoder, nn.Module):
@@ -208,6 +251,9 @@ class RankPrototypes(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         values, error_messages = state_dict.get(f"{prefix}rank_values"), args[-1]
+        scale = state_dict.get(f"{prefix}logit_scale")
+        if scale is not None and scale.dim() == 0:  # of release 0.1.0
+            state_dict[f"{prefix}logit_scale"] = scale.reshape(1)
         if (
             values is not None
             and values.shape == self.rank_values.shape
@@ -217,6 +263,8 @@ class RankPrototypes(nn.Module):
             error_messages.append(
                 f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
             )
+        if handed_out(self, self.prompt) and self.text_encoder is not None:
+            self._kept = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankPrototypes:
@@ -229,7 +277,7 @@ class RankPrototypes(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
-        self._key = _register(self)
+        self._key = register(self)
 
     def __prepare_scriptable__(self) -> RankPrototypes:
         raise TypeError(
@@ -249,30 +297,3 @@ def _tensors(module: Any) -> list[Tensor]:
         return []
     parts = (part for inner in module.modules() for part in (*inner._parameters.values(), *inner._buffers.values()))
     return [part for part in parts if part is not None]
-
-
-# A compiled graph cannot look after a cache; it calls this operator, which looks it up by the module's number.
-_keys = itertools.count()
-_alive: WeakValueDictionary[int, RankPrototypes] = WeakValueDictionary()
-
-
-def _register(module: RankPrototypes) -> int:
-    key = next(_keys)
-    _alive[key] = module
-    return key
-
-
-def _current(like: Tensor, key: int) -> Tensor:
-    return _alive[key]._cached().to(like, copy=True)
-
-
-_current_prototypes: Any = None
-if hasattr(torch.Tag, "cudagraph_unsafe") and hasattr(torch.compiler, "is_exporting"):
-    _current_prototypes = torch.library.custom_op(
-        "ordinal_prompt::current_prototypes",
-        _current,
-        mutates_args=(),
-        schema="(Tensor like, int key) -> Tensor",
-        tags=(torch.Tag.cudagraph_unsafe,),
-    )
-    _current_prototypes.register_fake(lambda like, key: like.new_empty(len(like), _alive[key].embed_dim))

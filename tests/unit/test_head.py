@@ -255,7 +255,7 @@ def test_a_logit_scale_of_the_model_may_have_a_dimension() -> None:
     clip = tiny_clip()
     clip.logit_scale = nn.Parameter(torch.tensor([3.0]))
     head = op.OrdinalPromptHead(clip, 5)
-    assert head.logit_scale.shape == ()
+    assert head.logit_scale.shape == (1,)
     assert head.logit_scale.item() == 3
 
 

@@ -1,0 +1,139 @@
+"""The Hugging Face hub: heads up and down, and the card that tells a stranger what a head is."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ordinal_prompt.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ordinal_prompt.config import HeadConfig
+from ordinal_prompt.text.hub import is_offline
+
+LIMITS = (
+    "The head knows no other ranks than these, takes features of the network that it was trained on and no others, and "
+    "inherits what its text encoder and its labels take for granted. Its probabilities are not calibrated: see "
+    "`op.calibrate`."
+)
+CARD = """---
+library_name: ordinal_prompt
+tags:
+- ordinal-regression
+- ordinal-classification
+- ordinal-clip
+---
+
+# {title}
+
+A classification head for ordered labels, whose weights a text encoder wrote (OrdinalCLIP, Li et al., NeurIPS 2022).
+It takes features (…, {width}) and gives logits (…, {num_ranks}).
+
+```python
+import ordinal_prompt as op
+
+head = op.OrdinalPromptHead.from_pretrained("{repo}"{without})
+values = head.predict(features)  # in the units of the ranks' values
+layers = head.export()           # plain layers of torch.nn
+```
+
+| rank | name | value |
+|---:|:---|---:|
+{ranks}
+
+- Text encoder: {encoder}
+- Context: {context}
+- Settings that are not the defaults: {settings}
+
+## Training
+{training}
+
+## Limits
+{limits}
+"""
+
+
+def model_card(
+    config: HeadConfig, names: tuple[str, ...], width: int, source: dict[str, Any] | None, repo: str, **told: str
+) -> str:
+    """The README of a repository, in Markdown; `told` are `encoder`, `training` and `limits`."""
+    encoder = told["encoder"]
+    if source:
+        encoder = f"`{source['model_name']}` of open_clip, weights `{source['pretrained']}`"
+    ranks = zip(range(len(names)), names, config.values, strict=True)
+    changed = {name: value for name, value in config.changed().items() if name not in ("ranks", "context")}
+    given = config.context if isinstance(config.context, str) else f"{config.context} tokens, started at random"
+    return CARD.format(
+        title=repo.rpartition("/")[2],
+        repo=repo,
+        without="" if source and source["pretrained"] else ", text_encoder=False",
+        width=width,
+        num_ranks=len(names),
+        ranks="\n".join(f"| {i} | {name} | {value:g} |" for i, name, value in ranks),
+        encoder=encoder,
+        context=f"`{given}`" if isinstance(config.context, str) else given,
+        settings=", ".join(f"`{name}={value!r}`" for name, value in changed.items()) or "none",
+        training=told["training"] or "Nothing was written down.",
+        limits=told["limits"] or LIMITS,
+    )
+
+
+def push(head: Any, repo: str, card: str, options: dict[str, Any]) -> Any:
+    """Uploads what `head.save_pretrained` saves, and the card; options are those of `ModelHubMixin.push_to_hub`."""
+    from huggingface_hub import ModelCard, ModelHubMixin
+
+    class Shared(ModelHubMixin):  # here, so that importing this package does not import theirs
+        def _save_pretrained(self, save_directory: Path) -> None:
+            shutil.copytree(saved, save_directory, dirs_exist_ok=True)
+
+        def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+            return ModelCard(card)
+
+    with tempfile.TemporaryDirectory() as saved:
+        head.save_pretrained(saved)  # first, so that what cannot be saved leaves no empty repository
+        with _told(f"Could not push to {repo!r}"):
+            return Shared().push_to_hub(repo, **options)
+
+
+def local_folder(
+    name: str | Path, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+) -> Path:
+    """A folder of a saved head as it is; the name of a repository is downloaded, or found in the cache.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository.
+        ConnectionError: no folder, and the hub cannot be reached.
+        ValueError: a revision of a local folder.
+    """
+    folder = Path(name)
+    is_repository = isinstance(name, str) and name.count("/") == 1 and all(name.split("/")) and not folder.exists()
+    if not is_repository:
+        if revision is not None:
+            raise ValueError(f"Expected no `revision` of a local folder, but got {revision!r} for {name}.")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    with _told(f"Found no folder {name!r} here, and could not download it"):
+        path = snapshot_download(str(name), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=files)
+    return Path(path)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of the hub as what Python calls them, with the way out."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{what}: the hub has no such repository or revision, or not for you; check both names, and pass token= "
+            "for one that is private."
+        ) from error
+    except Exception as error:
+        if not is_offline(error):
+            raise
+        raise ConnectionError(f"{what}: no hub can be reached. Connect to the network, or give a folder.") from error

@@ -1,0 +1,139 @@
+"""Heads on the Hugging Face hub: a faked one, since tests reach no network."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, hub_mixin
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+import ordinal_prompt as op
+
+
+class Hub:
+    """Repositories are folders; `calls` are what was asked of the hub."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.calls = root, list[dict[str, Any]]()
+
+    def __call__(self, token: str | None = None) -> Hub:
+        self.calls.append({"token": token})
+        return self
+
+    def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+        self.calls.append(options)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
+        self.calls.append(options)
+        shutil.copytree(folder_path, self.root / repo_id)
+        return f"commit of {repo_id}"
+
+    def download(self, repo_id: str, **options: Any) -> str:
+        self.calls.append(options)
+        if not (self.root / repo_id).is_dir():
+            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        return str(self.root / repo_id)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(hub_mixin, "HfApi", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    return hub
+
+
+def test_a_head_goes_up_and_comes_back(hub: Hub, clip: Any, tokenizer: Any) -> None:
+    names = ["no damage", "slight", "severe"]
+    head = op.OrdinalPromptHead(clip, names, tokenizer=tokenizer, rank_values=[0, 1, 4], context="a leaf with").eval()
+    commit = head.push_to_hub("user/leaves", training="On 1,200 photographs.", private=True, token="secret")
+    assert commit == "commit of user/leaves"
+    assert {"token": "secret"} in hub.calls
+    assert any(call.get("private") for call in hub.calls)
+    again = op.OrdinalPromptHead.from_pretrained("user/leaves", clip, revision="v1", token="secret")
+    assert hub.calls[-1]["revision"] == "v1"
+    assert hub.calls[-1]["token"] == "secret"
+    features = torch.randn(4, 12)
+    torch.testing.assert_close(again(features), head(features))
+    alone = op.OrdinalPromptHead.from_pretrained("user/leaves", text_encoder=False)
+    torch.testing.assert_close(alone(features), head(features))
+    with pytest.raises(ValueError, match="other prototypes"):
+        op.OrdinalPromptHead.from_pretrained("user/leaves", _another(clip))
+
+
+def _another(clip: Any) -> Any:
+    import copy
+
+    other = copy.deepcopy(clip)
+    with torch.no_grad():
+        other.text_projection.mul_(-1)
+    return other
+
+
+def test_the_card_says_what_the_head_is(hub: Hub, clip: Any, tokenizer: Any) -> None:
+    names = ["no damage", "slight", "severe"]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "rank_values": [0, 1, 4.5], "context": "a leaf with"}
+    head = op.OrdinalPromptHead(clip, names, in_features=7, **options)
+    head.push_to_hub("user/leaves", training="On 1,200 photographs.")
+    card = ModelCard.load(hub.root / "user/leaves/README.md")
+    assert card.data.library_name == "ordinal_prompt"
+    assert "ordinal-regression" in card.data.tags
+    for told in (
+        "# leaves",
+        "| 2 | severe | 4.5 |",
+        "`a leaf with`",
+        "in_features=7",
+        "On 1,200 photographs.",
+        "features (…, 7)",
+        'from_pretrained("user/leaves", text_encoder=False)',
+        "not calibrated",
+    ):
+        assert told in card.text, told
+
+
+def test_the_card_names_the_text_encoder(hub: Hub, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", lambda *_, **__: (clip, None))
+    head = op.OrdinalPromptHead.from_open_clip("ViT-B-32", "laion2b_s34b_b79k", ranks=5, context=3)
+    head.push_to_hub("user/ages", limits="Faces of adults alone.")
+    card = ModelCard.load(hub.root / "user/ages/README.md").text
+    for told in ("`ViT-B-32` of open_clip, weights `laion2b_s34b_b79k`", "3 tokens", "Faces of adults alone."):
+        assert told in card, told
+    assert 'from_pretrained("user/ages")' in card
+    assert op.OrdinalPromptHead.from_pretrained("user/ages").text_encoder is not None
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("name", ["user/none", "user/none/deeper", "none", "./none"])
+def test_a_name_of_nothing_is_told(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        op.OrdinalPromptHead.from_pretrained(name)
+
+
+def test_a_hub_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ConnectionError, match=r"no folder 'user/head' here.*give a folder"):
+        op.OrdinalPromptHead.from_pretrained("user/head")
+
+
+def test_a_revision_of_a_folder_is_refused(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    head.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no `revision` of a local folder"):
+        op.OrdinalPromptHead.from_pretrained(tmp_path, revision="main")
+
+
+def test_a_head_that_diverged_is_not_pushed(hub: Hub, head: op.OrdinalPromptHead) -> None:
+    with torch.no_grad():
+        head.prompt.rank_embeddings.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        head.push_to_hub("user/broken")
+    assert not hub.calls
