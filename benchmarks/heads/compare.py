@@ -2,6 +2,7 @@
 
     python benchmarks/heads/compare.py --data words                       # everything; hours, and can be interrupted
     python benchmarks/heads/compare.py --data sst5 --folder data/sst5 --heads linear coral corn ours-frozen
+    python benchmarks/heads/compare.py --data photos/ --clip ViT-B-32 --pretrained laion2b_s34b_b79k
     python benchmarks/heads/compare.py --data features --features mine.npz --text-encoder open_clip:ViT-B-32:openai
     python benchmarks/heads/compare.py --heads linear coral ours-frozen --shots 4 all --shift --seeds 0 1   # a minute
 
@@ -40,8 +41,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare ordinal heads on cached features.")
     add, budget = parser.add_argument, Budget()
-    add("--data", choices=DATA_SETS, default="words", help="default: words")
-    add("--folder", metavar="DIR", help="of train.csv, dev.csv and test.csv with the columns text and label")
+    sets = f"one of {', '.join(DATA_SETS)} (default: words), or a folder with a folder of images for each rank"
+    add("--data", metavar="NAME", default="words", help=sets)
+    add(
+        "--folder", metavar="DIR", help="where the data are; of texts: train.csv, dev.csv, test.csv with text and label"
+    )
+    add("--clip", metavar="MODEL", help="of open_clip, for images and prompts (default: EfficientNet-Lite0 and minilm)")
+    add("--pretrained", metavar="TAG", help="weights of --clip: a tag of open_clip, or a file")
     add("--features", metavar="NPZ", help="x_train, y_train, the same for val and test (and rank_values)")
     add("--rank-names", nargs="+", metavar="NAME", help="names of the ranks, lowest first")
     add("--context", help="text that leads up to a rank's name (default: the data's own, or none)")
@@ -68,9 +74,14 @@ def parser() -> argparse.ArgumentParser:
 
 def load_task(args: argparse.Namespace) -> Task:
     """The task that the options describe; ValueError and OSError say what is wrong with options or data."""
+    if args.data not in DATA_SETS:
+        if not Path(args.data).is_dir():
+            raise ValueError(f"--data {args.data} is neither a folder nor one of {', '.join(DATA_SETS)}.")
+        args.data, args.folder = "images", args.data
+    if args.clip:
+        args.text_encoder = ":".join(filter(None, ("open_clip", args.clip, args.pretrained)))
     needed = {
-        "sst5": ["folder"],
-        "complexity": ["folder"],
+        **{name: ["folder"] for name in ("sst5", "complexity", "images", "coffee")},
         "texts": ["folder", "rank_names", "context"],
         "features": ["features"],
     }
@@ -132,7 +143,7 @@ def compare(
 def study(args: argparse.Namespace) -> None:
     """Runs what the options ask for, and writes the report."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    output = args.output or Path("outputs") / f"compare-{args.data}"
+    output = args.output or Path("outputs") / f"compare-{Path(args.data).name}"
     heads, seeds = list(dict.fromkeys(args.heads)), list(dict.fromkeys(args.seeds))
     ours = args.ours or [head for head in heads if head.startswith("ours")]
     budget = Budget(tuple(args.lr), args.steps, args.patience, args.batch_size)

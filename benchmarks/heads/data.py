@@ -1,7 +1,7 @@
 """The data sets: one function each, from the options of the command line to a `Task`.
 
 Words and adjectives come with the packages vaderSentiment and textblob; SST-5 and texts of your own are three CSV
-files; features of your own are one .npz file.
+files; images are a folder for each rank; features of your own are one .npz file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from embedding import sentence_features
 from families import split_families
+from images import DAMAGE, coffee_leaves, folder_of_images, image_task
 from task import PARTS, Task
 
 _FEELINGS = "extremely negative, very negative, negative, slightly negative, neutral, slightly positive, positive"
@@ -174,6 +175,12 @@ DATA_SETS: dict[str, Callable[[Namespace], Task]] = {
     "sst5": lambda given: file_task("sst5", given.folder, SST5_NAMES, "a movie review that sounds"),
     "complexity": lambda given: text_task(
         "complexity", complexity(given.folder), dict(enumerate(COMPLEXITY)), "this word in its sentence is"
+    ),
+    "images": lambda given: image_task(
+        "images", *folder_of_images(given.folder, given.rank_names), given.context or "", given.clip, given.pretrained
+    ),
+    "coffee": lambda given: image_task(
+        "coffee", coffee_leaves(given.folder), DAMAGE, "a coffee leaf with", given.clip, given.pretrained
     ),
     "texts": lambda given: file_task("texts", given.folder, given.rank_names, given.context),
     "features": lambda given: feature_task(given.features, given.rank_names),

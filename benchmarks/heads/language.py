@@ -6,6 +6,7 @@ head scales them (10 over the spread of the names' embeddings) where CLIP would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -91,6 +92,76 @@ def tip_adapter(task: Task) -> Estimator:
             return (scale * z @ names.T + (5.5 * (z @ cache.T - 1)).exp() @ one_hot).softmax(dim=1)
 
         return predict
+
+    return Estimator(fit)
+
+
+def tip_adapter_f(task: Task) -> Estimator:
+    """Tip-Adapter whose cache keys are trained: AdamW at 1e-3, annealed over 20 epochs of 256 (Zhang et al., 2022)."""
+    names, scale = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        x, one_hot = F.normalize(x, dim=1), F.one_hot(y, task.num_ranks).to(x.dtype)
+        keys = x.clone().requires_grad_()
+        batches = max(1, math.ceil(len(x) / 256))
+        optimizer = torch.optim.AdamW([keys], lr=1e-3, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20 * batches)
+
+        def logits(z: Tensor) -> Tensor:
+            return scale * z @ names.T + (5.5 * (z @ keys.T - 1)).exp() @ one_hot
+
+        for _ in range(20):
+            for batch in torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).chunk(batches):
+                optimizer.zero_grad()
+                F.cross_entropy(logits(x[batch]), y[batch]).backward()
+                optimizer.step()
+                schedule.step()
+        keys.requires_grad_(False)
+        return lambda z: logits(F.normalize(z, dim=1)).softmax(dim=1)
+
+    return Estimator(fit)
+
+
+def lp_plus_plus(task: Task) -> Estimator:
+    """A linear layer that starts at the class sums, plus each rank's learned multiple of its name; step sizes are the
+    Lipschitz constants', 300 steps, the multiples every tenth (LP++, Huang et al., CVPR 2024)."""
+    names, _ = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        x, one_hot = F.normalize(x, dim=1), F.one_hot(y, task.num_ranks).to(x.dtype)
+        layer, cosines = nn.Linear(x.shape[1], task.num_ranks), x @ names.T
+        nn.init.zeros_(layer.bias)
+        layer.weight.data = one_hot.T @ x
+        centres = one_hot.T @ cosines / one_hot.sum(dim=0).clamp_min(1)[:, None]
+        multiples = (250 * centres.mean()).repeat(task.num_ranks).requires_grad_()
+        step = 4 * len(x) / float(torch.linalg.matrix_norm(x, 2)) ** 2
+        step_of_multiples = len(x) / (4 * float(cosines.square().sum(dim=0).max()))
+        optimizer = torch.optim.SGD(layer.parameters(), step, momentum=0.9)
+        for i in range(1, 301):
+            loss = F.cross_entropy(layer(x) + multiples * cosines, y)
+            *gradients, of_multiples = torch.autograd.grad(loss, [*layer.parameters(), multiples])
+            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            if i % 10 == 0:
+                multiples.data -= step_of_multiples * of_multiples
+        weight, bias = layer.weight.detach() + multiples.detach()[:, None] * names, layer.bias.detach()
+        return lambda z: F.linear(F.normalize(z, dim=1), weight, bias).softmax(dim=1)
+
+    return Estimator(fit)
+
+
+def ss_text(task: Task) -> Estimator:
+    """Names plus class sums, weighted by how many samples a class has, pushed away from their mean, in closed form
+    (SS-Text+, Silva-Rodríguez et al., MICCAI 2025)."""
+    names, scale = name_embeddings(task)
+
+    def fit(x: Tensor, y: Tensor) -> Predict:
+        one_hot = F.one_hot(y, task.num_ranks).to(x.dtype)
+        pull = 1 / one_hot.sum(dim=0).clamp(1e-6, 1e3)
+        weight = names + scale * (one_hot.T @ F.normalize(x, dim=1)) / (len(x) * pull[:, None])
+        weight = weight - F.normalize(2 * weight - weight.mean(dim=0), dim=1)
+        return lambda z: (scale * F.normalize(z, dim=1) @ F.normalize(weight, dim=1).T).softmax(dim=1)
 
     return Estimator(fit)
 
@@ -185,6 +256,9 @@ LANGUAGE_HEADS: dict[str, Build] = {
     "cross-modal": cross_modal,
     "clap": clap,
     "tip-adapter": tip_adapter,
+    "tip-adapter-f": tip_adapter_f,
+    "lp++": lp_plus_plus,
+    "ss-text+": ss_text,
     "gaussian": gaussian,
     "prolip": prolip,
     "ours-fitted": fitted,

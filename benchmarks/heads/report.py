@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
 
-_WITH_LANGUAGE = ("started-at-names", "cross-modal", "clap", "tip-adapter", "gaussian", "prolip", "zero-shot")
+_FITTED = ("zero-shot", "tip-adapter", "tip-adapter-f", "lp++", "ss-text+", "gaussian", "prolip")
+_WITH_LANGUAGE = ("started-at-names", "cross-modal", "clap", *_FITTED)
 PEERS = ("linear", "coral", "corn", "ridge", *_WITH_LANGUAGE)
 BEST = "the best of them"
 
