@@ -153,6 +153,7 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
 
     rank_weights: Tensor | None
     rank_values: Tensor | None
+    ignore_index: int | None  # type: ignore[assignment]  # -100 of its base class is no default here
 
     def __init__(
         self,
