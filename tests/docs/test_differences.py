@@ -10,18 +10,21 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("onnxruntime")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "export"))
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "export"))
 
 import differences
 
-ROW = re.compile(r"^\| (?P<name>.+) \| (?P<kind>exact|approximate) \| (?P<logits>\S+) \| (?P<ranks>\S+) \|$", re.MULTILINE)
+GUIDE = Path(__file__).parents[2] / "docs" / "export.md"
+ROW = re.compile(
+    r"^\| (?P<name>.+) \| (?P<kind>exact|approximate) \| (?P<logits>\S+) \| (?P<ranks>\S+) \|$", re.MULTILINE
+)
 ROUNDING = 1e-4  # what no exact export exceeds
 
 
 def test_the_table_of_the_export_guide() -> None:
     """Other processors round otherwise: the same rows, differences of the same size, and as exact as is told."""
-    table = {row["name"]: row for row in ROW.finditer((ROOT / "docs/export.md").read_text(encoding="utf-8"))}
+    table = {row["name"]: row for row in ROW.finditer(GUIDE.read_text(encoding="utf-8"))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         measured = differences.measure()

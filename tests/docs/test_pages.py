@@ -28,7 +28,9 @@ import ordinal_prompt as op
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
-BLOCK = re.compile(r"^```python[^\n]*\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^```python[^\n]*\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
 RUNNABLE = [name for name, text in PAGES.items() if BLOCK.search(text)]
 EMBED_DIM = 16
 IMAGE_SIZE = 16
@@ -41,7 +43,12 @@ def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     transform = open_clip.image_transform(IMAGE_SIZE, is_train=False)
     monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", lambda *_, **__: (clip, tokenizer))
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (clip, transform, transform))
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.chdir(tmp_path)
+
+
+def no_network(host: str, *_: Any, **__: Any) -> Any:
+    raise AssertionError(f"a page asks for {host}, but the tests have no network; give it a small model here")
 
 
 @pytest.fixture
@@ -141,6 +148,8 @@ def test_no_block_escapes() -> None:
     for name, text in PAGES.items():
         fences = re.findall(r"^\s*(?:`{3,}|~{3,})\s*\{?\.?(?:py|python|pycon)\b", text, re.MULTILINE)
         assert len(fences) == len(BLOCK.findall(text)), f"{name}: write Python blocks as ```python, not indented"
+        outputs = sum(block["output"] is not None for block in BLOCK.finditer(text))
+        assert text.count("```text\n") == outputs, f"{name}: write ```text right behind the block that prints it"
 
 
 def test_every_stack_has_a_page_with_an_example() -> None:
