@@ -34,6 +34,7 @@ BLOCK = re.compile(
 RUNNABLE = [name for name, text in PAGES.items() if BLOCK.search(text)]
 EMBED_DIM = 16
 IMAGE_SIZE = 16
+WIDEST_CODE = 92
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,12 @@ def test_no_block_escapes() -> None:
         assert len(fences) == len(BLOCK.findall(text)), f"{name}: write Python blocks as ```python, not indented"
         outputs = sum(block["output"] is not None for block in BLOCK.finditer(text))
         assert text.count("```text\n") == outputs, f"{name}: write ```text right behind the block that prints it"
+
+
+def test_code_needs_no_scrolling_on_a_wide_screen() -> None:
+    for name, text in PAGES.items():
+        for fence in re.findall(r"^```\w+\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            assert max(map(len, fence.splitlines())) <= WIDEST_CODE, f"{name}: {max(fence.splitlines(), key=len)}"
 
 
 def test_every_stack_has_a_page_with_an_example() -> None:
