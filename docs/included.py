@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import partial
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -16,6 +17,7 @@ PAGES = {
     "benchmarks/heads/RESULTS.md": "results.md",
     "benchmarks/speed/README.md": "speed.md",
 }
+WIDE = "---\nhide: [toc]\n---\n"  # room for the drawing
 PICTURES = "benchmarks/heads/results"  # they stand under this name on the site, too
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)")
 
@@ -27,7 +29,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
     for source, page in PAGES.items():
         text = (root / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=LINK.sub(lambda link: relinked(link, source), text)))  # noqa: B023
+        text = LINK.sub(partial(relinked, source=source), text)
+        files.append(File.generated(config, page, content=WIDE + text if page == "architecture.md" else text))
     return files
 
 
