@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
     for source, page in PAGES.items():
         text = (root / source).read_text(encoding="utf-8")
-        text = LINK.sub(partial(relinked, source=source), text)
+        text = LINK.sub(partial(relinked, source=source), text).replace(" ± ", "\u00a0±\u00a0")
         files.append(File.generated(config, page, content=WIDE + text if page == "architecture.md" else text))
     return files
 
