@@ -120,7 +120,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_is_fitted(self)
         truth = rank_indices(np.asarray(y), self.classes_.tolist())
         found = rank_indices(self.predict(X), self.classes_.tolist())
-        return -float(np.average((found - truth).abs().numpy(), weights=sample_weight))
+        return 0.0 - float(np.average((found - truth).abs().numpy(), weights=sample_weight))
 
     def export(self) -> nn.Module:
         """Plain layers that give the logits (N, K) of features (N, D): neither this package nor a text encoder."""

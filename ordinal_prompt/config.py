@@ -41,7 +41,6 @@ class HeadConfig:
     num_base_ranks: int = DEFAULT_BASE_RANKS
     base_rank_names: Sequence[str] | None = None
     tokens_per_rank: int | Sequence[int] = 1
-    prototype_bases: int | None = None
     in_features: int | None = None
     normalize: bool = True
     logit_scale: float | None = None
@@ -63,10 +62,6 @@ class HeadConfig:
             self._set("base_rank_names", _names("base_rank_names", self.base_rank_names))
         self._set("num_base_ranks", self._base_ranks())
         self._set("tokens_per_rank", self._tokens_per_rank())
-        if self.prototype_bases is not None:
-            self._set("prototype_bases", _integer("prototype_bases", self.prototype_bases, least=2))
-            told = f"Expected 2 to {self.num_ranks} `prototype_bases`, but got {self.prototype_bases}."
-            _require(self.prototype_bases <= self.num_ranks, told)
         if self.in_features is not None:
             self._set("in_features", _integer("in_features", self.in_features, least=1))
         if self.logit_scale is not None:

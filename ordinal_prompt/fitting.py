@@ -104,15 +104,15 @@ def fit_head(
     if head.projection is None:
         x = F.normalize(x, dim=1) if head.normalize else x
         fitted = fit_map(x, y, prototypes, sample_weight=weight, progress=progress)
-        mapped, log_scale = fitted.weight, fitted.log_scale
-        _set(head.residual, (mapped - math.exp(log_scale) * prototypes) / head.config.residual)
-        _set(head.logit_scale, torch.tensor(log_scale))
+        _set(head.logit_scale, torch.tensor(fitted.log_scale, dtype=torch.float64))
+        scale = math.exp(float(head.logit_scale.detach()))  # as it is stored
+        _set(head.residual, (fitted.weight - scale * prototypes) / head.config.residual)
         if head.alignment is not None:
             _set(head.alignment, torch.zeros_like(head.alignment))
     else:
         fitted = fit_map(x, y, head.num_ranks, sample_weight=weight, progress=progress)
         # W = V P, with V the prototypes, where need be with a residual that makes them well-conditioned.
-        scaled = float(head.logit_scale.exp()) * prototypes
+        scaled = float(head.logit_scale.detach().exp()) * prototypes
         left, values, right = torch.linalg.svd(scaled, full_matrices=False)
         values = values.clamp_min(FLATTEST * float(values.max()))
         _set(head.residual, (left * values @ right - scaled) / head.config.residual)

@@ -50,11 +50,9 @@ class OrdinalPromptHead(Pretrained):
         rank_specific_context: one set of context tokens per rank instead of a shared one.
         interpolation: `"linear"` (the paper's best), `"inv_prop"`, `"normal"`, `"piecewise"` (passes through the base
             ranks), or None for K free rank embeddings (CoOp, applied to ranks).
-        num_base_ranks: B in 1…K; the default is clipped to K.
+        num_base_ranks: B in 1…K; the default, 3, is clipped to K.
         base_rank_names: B names that the base ranks start from, in place of K names; sets B.
         tokens_per_rank: T tokens per rank, or without interpolation K counts; names bring their own.
-        prototype_bases: lay the prototypes on the (piecewise linear) line of as many base prototypes, so that they are
-            in order whatever their names; 2 is a straight line.
         in_features: width of features outside the text encoder's space, which a linear projection maps into it.
         normalize: bring features to unit norm.
         logit_scale: log of the factor on the cosines; default the model's own; of a text encoder without one, 10 over
@@ -107,7 +105,6 @@ class OrdinalPromptHead(Pretrained):
         num_base_ranks: int = DEFAULT_BASE_RANKS,
         base_rank_names: Sequence[str] | None = None,
         tokens_per_rank: int | Sequence[int] = 1,
-        prototype_bases: int | None = None,
         in_features: int | None = None,
         normalize: bool = True,
         logit_scale: float | None = None,

@@ -10,8 +10,6 @@ its bases (the published quotient is 0/0 there); `piecewise` is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -65,25 +63,3 @@ def interpolation_weights(positions: Tensor, first: float, last: float, num_base
     else:
         raise ValueError(f"Expected `interpolation` to be one of {INTERPOLATIONS} or None, but got {kind!r}.")
     return weights / weights.sum(dim=1, keepdim=True)
-
-
-def laid_on_bases(
-    prototypes: Tensor, rank_positions: Sequence[float], num_bases: int, positions: Tensor | None = None
-) -> Tensor:
-    """Prototypes on the piecewise linear line of B base prototypes that comes closest to given ones (least squares).
-
-    Args:
-        prototypes: (K, D) of the ranks.
-        rank_positions: K increasing positions of the ranks.
-        num_bases: B, from 2 to K.
-        positions: (N,) where on the line; default at the ranks.
-
-    Returns:
-        (N, D), not of unit norm.
-    """
-    first, last = rank_positions[0], rank_positions[-1]
-    ranks = torch.tensor(rank_positions, dtype=torch.float64, device=prototypes.device)
-    weights = interpolation_weights(ranks, first, last, num_bases, "piecewise")
-    wanted = weights if positions is None else interpolation_weights(positions, first, last, num_bases, "piecewise")
-    line: Tensor = wanted @ torch.linalg.pinv(weights)
-    return line.to(prototypes.dtype) @ prototypes

@@ -15,7 +15,6 @@ from ordinal_prompt.cache import Kept, traced
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
-from ordinal_prompt.interpolation import laid_on_bases
 from ordinal_prompt.labels import all_strings, rank_indices
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.text import Prompts
@@ -133,7 +132,7 @@ class RankPrototypes(nn.Module):
         Raises:
             ValueError: positions outside the ranks, of another shape, or a head without interpolation.
         """
-        if self.prompt.interpolation is None and self.config.prototype_bases is None:
+        if self.prompt.interpolation is None:
             raise ValueError(
                 "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
             )
@@ -145,9 +144,7 @@ class RankPrototypes(nn.Module):
         if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
             raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
         with torch.set_grad_enabled(self._differentiable()):
-            if self.config.prototype_bases is None:
-                return self._encode(self.prompt(inside))
-            return self._encode(self.prompt(), inside)
+            return self._encode(self.prompt(inside))
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
@@ -186,19 +183,14 @@ class RankPrototypes(nn.Module):
         with torch.no_grad(), full_precision(self.rank_values):
             return self._encode(self.prompt())
 
-    def _encode(self, prompts: Prompts, positions: Tensor | None = None) -> Tensor:
-        """Prototypes of prompts; with bases, of those of all ranks, at the ranks or at other positions."""
+    def _encode(self, prompts: Prompts) -> Tensor:
         if self.text_encoder is None:
             raise RuntimeError(
                 "This head has no text encoder (it was loaded without one, or came from the meta device), so that its "
                 "prompts cannot be encoded; load it with from_pretrained(folder, text_encoder=...)."
             )
         features = self.text_encoder.encode(prompts)
-        prototypes = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-        if self.config.prototype_bases is None:
-            return prototypes
-        line = laid_on_bases(prototypes, self.prompt.positions, self.config.prototype_bases, positions)
-        return F.normalize(line, dim=-1)
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
     def _differentiable(self) -> bool:
         return self.training and torch.is_grad_enabled() and self._learns()

@@ -38,7 +38,7 @@ def recipe(ranks: int | Sequence[str], prompts: str = "learned") -> dict[str, An
     Args:
         ranks: the number of ranks, or their names, as for the head.
         prompts: `"learned"`; `"frozen"`: nearly the same error, and a training step costs what a linear head's does; or
-            `"fitted"`: for `fit_head`, which needs no training loop, with prototypes on a straight line.
+            `"fitted"`: for `fit_head`, which needs no training loop; names, too, are interpolated from three bases.
 
     Raises:
         ValueError: `prompts` that are neither.
@@ -48,12 +48,11 @@ def recipe(ranks: int | Sequence[str], prompts: str = "learned") -> dict[str, An
     """
     if prompts not in ("learned", "frozen", "fitted"):
         raise ValueError(f"Expected `prompts` to be 'learned', 'frozen' or 'fitted', but got {prompts!r}.")
-    interpolation = "linear" if hasattr(ranks, "__index__") else None  # numbers of NumPy and torch, too
     if prompts == "fitted":
-        options = {"prototype_bases": 2, "residual": 1.0, "learn_logit_scale": True}
-        return {"interpolation": interpolation, **options, "learn_prompts": False, "kl_weight": 0.0}
+        options = {"interpolation": "piecewise", "residual": 1.0, "learn_logit_scale": True}
+        return {**options, "learn_prompts": False, "kl_weight": 0.0}
     return {
-        "interpolation": interpolation,
+        "interpolation": "linear" if hasattr(ranks, "__index__") else None,  # numbers of NumPy and torch, too
         "alignment": ALIGNMENT,
         "residual": RESIDUAL,
         "confidence": CONFIDENCE,

@@ -230,25 +230,6 @@ def ridge(task: Task) -> Estimator:
     return Estimator(fit)
 
 
-def fitted(task: Task) -> Estimator:
-    """Ours: `op.fit_head`, around the names' prototypes on a line; outside the text encoder's space, around zero."""
-    if task.text_encoder is None:
-        raise UnfitError("there is no text encoder")
-    model, tokenizer = task.text_encoder()
-    names = task.rank_names or tuple(f"{value:g}" for value in task.rank_values.tolist())
-    options = {"tokenizer": tokenizer, "context": task.context or "", **op.recipe(names, prompts="fitted")}
-    head = op.OrdinalPromptHead(model, names, rank_values=task.rank_values, **options)
-    if head.in_features != task.num_features:
-        options |= {"in_features": task.num_features, "normalize": False}
-        head = op.OrdinalPromptHead(model, names, rank_values=task.rank_values, **options)
-
-    def fit(x: Tensor, y: Tensor) -> Predict:
-        op.fit_head(head, x, y).eval().requires_grad_(False)
-        return head.predict_proba
-
-    return Estimator(fit)
-
-
 LANGUAGE_HEADS: dict[str, Build] = {
     "zero-shot": zero_shot,
     "ridge": ridge,
@@ -261,5 +242,4 @@ LANGUAGE_HEADS: dict[str, Build] = {
     "ss-text+": ss_text,
     "gaussian": gaussian,
     "prolip": prolip,
-    "ours-fitted": fitted,
 }

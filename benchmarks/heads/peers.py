@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from language import LANGUAGE_HEADS
+from prompts import PROMPT_HEADS
 from protocol import Build, Estimator, Head, UnfitError
 from task import Task
 from torch import Tensor, nn
@@ -180,6 +181,7 @@ HEADS: dict[str, Build] = {
     **{f"prompt-{kind}": paper(kind) for kind in INTERPOLATIONS},
     **{f"prompt-{kind}-projected": paper(kind, project=True) for kind in INTERPOLATIONS},
     **LANGUAGE_HEADS,
+    **PROMPT_HEADS,
     "ours": recipe("learned"),
     "ours-frozen": recipe("frozen"),
     "ours-projected": recipe("learned", project=True),
