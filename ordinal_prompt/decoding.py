@@ -61,12 +61,13 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
 def _median(logits: Tensor) -> Tensor:
     """How many ranks have less probability up to them than above them.
 
-    Both sides are summed from their ends, in float64 and without dividing by the total: equal and symmetric logits then
-    give equal sums, and no tolerance is needed, whatever the precision of the logits.
+    Both sides are summed from their ends, in float64 and without dividing by the total, whatever the precision of the
+    logits.  Sides that differ by no more than the rounding of such sums are equal.
     """
     weights = (logits.double() - logits.double().amax(dim=-1, keepdim=True)).exp()
     up_to, from_here = weights.cumsum(dim=-1), weights.flip(-1).cumsum(dim=-1).flip(-1)
-    return (up_to[..., :-1] < from_here[..., 1:]).sum(dim=-1)
+    rounding = 1 + logits.shape[-1] * torch.finfo(torch.float64).eps
+    return (up_to[..., :-1] * rounding < from_here[..., 1:]).sum(dim=-1)
 
 
 def _kind(value: object) -> str:
