@@ -88,9 +88,9 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
         self.classes_ = self._ranks(y)
         indices = rank_indices(y, self.classes_.tolist())
-        features = torch.from_numpy(X)
+        features = torch.tensor(X)  # a copy: memory-mapped arrays cannot be written to
         if weight is not None:
-            weight = torch.from_numpy(weight)
+            weight = torch.tensor(weight)
         progress = _print if self.verbose else None
         self.head_: OrdinalPromptHead | None = None
         if self.text_encoder is None:
@@ -132,7 +132,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         X = validate_data(self, X, dtype=np.float64, reset=False)  # noqa: N806
         dtype = next(self._layers.parameters()).dtype
         with torch.no_grad():
-            logits: Tensor = self._layers(torch.from_numpy(X).to(dtype))
+            logits: Tensor = self._layers(torch.tensor(X, dtype=dtype))
         return logits.double()
 
     def _ranks(self, y: Array) -> Array:

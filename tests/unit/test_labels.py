@@ -72,6 +72,7 @@ def test_a_head_knows_its_names_and_values(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["beta", "binomial", "exponential", "poisson", "triangular"])
 def test_soft_labels_are_distributions_of_dlordinal(kind: str) -> None:
+    pytest.importorskip("dlordinal")
     from dlordinal import soft_labelling
 
     labels = op.soft_labels([0, 2, 4], 5, kind)
