@@ -26,6 +26,7 @@ settings.register_profile("random", max_examples=1000, print_blob=True, **SLOW_M
 settings.load_profile("fixed")
 
 VISION = {"layers": 1, "width": 16, "head_width": 16, "patch_size": 16, "image_size": 16}
+TEXT_OPTIONS = {*open_clip.CLIPTextCfg.__dataclass_fields__}  # old versions of open_clip have fewer
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import ordinal_prompt as op
 
 FEATURES, LABELS = torch.linspace(-1, 1, 64).reshape(8, 8).sin(), torch.arange(8) % 5
+FULLY_SHARD = hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard")
 KINDS = {
     "learned prompts": {},
     "frozen prompts": {"learn_prompts": False},
@@ -87,7 +89,7 @@ def _process(rank: int, folder: str, whole_model: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no fully_shard")
+@pytest.mark.skipif(not FULLY_SHARD, reason="torch before 2.6 has no fully_shard")
 @pytest.mark.parametrize("whole_model", [False, True], ids=["head and model", "model"])
 def test_two_sharded_processes_train_save_and_export_as_one_does(whole_model: bool, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_process, args=(str(tmp_path), whole_model), nprocs=2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
-from conftest import TEXT, VISION, shaken, tiny_clip
+from conftest import TEXT, TEXT_OPTIONS, VISION, shaken, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transformer import TextTransformer
@@ -20,12 +20,13 @@ from ordinal_prompt.text.towers import TextHalf, text_half
 torch.manual_seed(7)
 TOWERS: dict[str, nn.Module] = {
     "clip": tiny_clip(context_length=40),
-    "eos": shaken(open_clip.CustomTextCLIP(8, VISION, {**TEXT, "pool_type": "eos", "eos_id": 49407})).text,
     "class token": shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True)),
-    "correct class token": shaken(
-        TextTransformer(40, 49408, 16, 2, 2, output_dim=8, embed_cls=True, correct_cls_mask=True)
-    ),
 }
+if "eos_id" in TEXT_OPTIONS:
+    with_eos = {**TEXT, "pool_type": "eos", "eos_id": 49407}
+    classes = {"embed_cls": True, "correct_cls_mask": True}
+    TOWERS["correct class token"] = shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, **classes))
+    TOWERS["eos"] = shaken(open_clip.CustomTextCLIP(8, VISION, with_eos)).text
 
 
 def reference(tower: nn.Module) -> TextHalf:

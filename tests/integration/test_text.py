@@ -12,7 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import TEXT, VISION, shaken, tiny_clip
+from conftest import TEXT, TEXT_OPTIONS, VISION, shaken, tiny_clip
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,6 +136,7 @@ TOWERS = {
     "class token": {"embed_cls": True},
     "norm options": {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}},
 }
+TOWERS = {name: options for name, options in TOWERS.items() if {*options} <= TEXT_OPTIONS}
 
 
 def build_or_skip(build: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
