@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import matplotlib
-import torch
 from huggingface_hub import constants
 from ordered_data import DataError
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import ordinal_prompt as op
 
@@ -66,14 +65,12 @@ def keep_parts(options: Any, *parts: Sequence[str]) -> None:
 
 def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
     """Test metrics of logits (N, K): mean absolute errors in the units of the values, the others by rank."""
-    true = torch.tensor(values)[labels]
-    errors = {rule: (op.decode(logits, rule, values) - true).abs() for rule in ("expectation", "median", "argmax")}
-    by_rank = [errors["expectation"][labels == rank].mean() for rank in labels.unique()]
+    rules = ("expectation", "median", "argmax")
     return {
-        **{f"MAE {rule}": error.mean().item() for rule, error in errors.items()},
-        "macro MAE": torch.stack(by_rank).mean().item(),
-        "accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
-        "kappa": multiclass_cohen_kappa(logits, labels, logits.shape[1], weights="quadratic").item(),
+        **{f"MAE {rule}": op.metrics.mean_absolute_error(logits, labels, values, rule) for rule in rules},
+        "macro MAE": op.metrics.macro_mae(logits, labels, values),
+        "accuracy": op.metrics.accuracy(logits, labels),
+        "kappa": op.metrics.quadratic_weighted_kappa(logits, labels),
     }
 
 

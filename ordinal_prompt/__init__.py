@@ -6,7 +6,7 @@ left behind as a plain layer by `export_heads`.
 
 from typing import TYPE_CHECKING, Any
 
-from ordinal_prompt import losses, protocols, text
+from ordinal_prompt import losses, metrics, protocols, text
 from ordinal_prompt.calibration import Calibration, adapt_prior, calibrate
 from ordinal_prompt.conformal import ConformalRanks
 from ordinal_prompt.decoding import decode
@@ -39,6 +39,7 @@ __all__ = [
     "fit_head",
     "load_exported",
     "losses",
+    "metrics",
     "ordinality",
     "parameter_groups",
     "protocols",

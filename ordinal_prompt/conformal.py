@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, label_tensor
-from ordinal_prompt.calibration import _checked
+from ordinal_prompt.arrays import Labels
+from ordinal_prompt.samples import mean_by_rank, read_labels, read_logits
 
 SCORES = ("cdf", "rps")
 
@@ -59,7 +59,7 @@ class ConformalRanks:
 
         Where the samples are too few for the coverage, sets hold all ranks, and a warning says so.
         """
-        z, y = _checked(logits, labels)
+        z, y = read_logits(logits, labels)
         ranks = z.shape[1]
         weight = torch.ones(ranks, dtype=torch.float64) if shift is None else shift.detach().cpu().double()
         if weight.shape != (ranks,) or not bool((weight.isfinite() & (weight > 0)).all()):
@@ -117,17 +117,55 @@ def rank_scores(logits: Tensor, score: str) -> Tensor:
     cumulated = probabilities.cumsum(dim=-1)
     if score == "cdf":
         return (cumulated - probabilities / 2 - 0.5).abs()
-    below = torch.tril(torch.ones(logits.shape[-1], logits.shape[-1], dtype=logits.dtype, device=logits.device)).T
-    return (cumulated[..., None, :] - below).square().sum(dim=-1)
+    below, above = cumulated.square(), (1 - cumulated).square()  # what a threshold adds to ranks above it, and up to it
+    return below.cumsum(dim=-1) - below + above.flip(-1).cumsum(dim=-1).flip(-1)
 
 
-def set_metrics(first: Tensor, last: Tensor, labels: Labels, num_ranks: int) -> dict[str, Any]:
-    """Coverage, mean width in ranks, and the coverage of each true rank (NaN where there are no samples)."""
-    y = label_tensor(labels)
-    inside = ((first <= y) & (y <= last)).double()
-    by_rank = [inside[y == rank].mean().item() for rank in range(num_ranks)]
-    width = (last - first + 1).double().mean().item()
-    return {"coverage": inside.mean().item(), "width": width, "coverage_by_rank": by_rank}
+def coverage(first: Any, last: Any, labels: Labels) -> float:
+    """Share of samples whose set of ranks, from `first` to `last` (...), holds the true rank.
+
+    >>> coverage([0, 1, 2], [1, 1, 4], [1, 2, 2])
+    0.6666666666666666
+    """
+    return float(_inside(first, last, labels)[0].mean())
+
+
+def coverage_by_rank(first: Any, last: Any, labels: Labels, num_ranks: int | None = None) -> Tensor:
+    """`coverage` over the samples of each true rank, (K,) float64; NaN where a rank does not occur.
+
+    >>> coverage_by_rank([0, 1, 2], [1, 1, 4], [1, 2, 2])
+    tensor([   nan, 1.0000, 0.5000], dtype=torch.float64)
+    """
+    inside, ranks = _inside(first, last, labels)
+    return mean_by_rank(inside, ranks, int(ranks.max()) + 1 if num_ranks is None else num_ranks)
+
+
+def mean_width(first: Any, last: Any) -> float:
+    """Mean number of ranks in sets from `first` to `last` (...).
+
+    >>> mean_width([0, 1, 2], [1, 1, 4])
+    2.0
+    """
+    low, high = _bounds(first, last)
+    return float((high - low + 1).double().mean())
+
+
+def _inside(first: Any, last: Any, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Whether each set holds the true rank (N,), and that rank (N,)."""
+    low, high = _bounds(first, last)
+    ranks = read_labels(labels)
+    if len(ranks) != len(low):
+        raise ValueError(f"Expected a set of ranks for each label, but got {len(low)} sets for {len(ranks)} labels.")
+    return ((low <= ranks) & (ranks <= high)).double(), ranks
+
+
+def _bounds(first: Any, last: Any) -> tuple[Tensor, Tensor]:
+    low, high = read_labels(first, argument="first"), read_labels(last, argument="last")
+    if len(low) != len(high) or bool((low > high).any()):
+        raise ValueError(
+            "Expected the first and the last rank of each set, none empty, but some end before they start."
+        )
+    return low, high
 
 
 def _quantile(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) -> Tensor:

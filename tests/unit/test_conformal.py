@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 import ordinal_prompt as op
-from ordinal_prompt.conformal import SCORES, rank_scores, set_metrics
+from ordinal_prompt import metrics
+from ordinal_prompt.conformal import SCORES, rank_scores
 
 
 def samples(number: int, ranks: int, seed: int, constant: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,9 +63,9 @@ def test_scores_by_their_definition_and_sets_without_gaps(score: str) -> None:
 def test_each_rank_is_covered_by_itself() -> None:
     logits, labels = samples(4000, 5, 0)
     sets = op.ConformalRanks(0.8, by_rank=True).fit(logits[:2000], labels[:2000])
-    found = set_metrics(*sets.predict(logits[2000:]), labels[2000:], 5)
-    assert min(found["coverage_by_rank"]) > 0.72
-    assert 1 <= found["width"] < 5
+    first, last = sets.predict(logits[2000:])
+    assert metrics.coverage_by_rank(first, last, labels[2000:]).min() > 0.72
+    assert 1 <= metrics.mean_width(first, last) < 5
 
 
 def test_a_known_label_shift_keeps_the_coverage() -> None:
@@ -73,7 +74,7 @@ def test_a_known_label_shift_keeps_the_coverage() -> None:
     kept = torch.rand(20000, generator=torch.Generator().manual_seed(1)) < shift[labels[20000:]] / 8
     shifted, truth = logits[20000:][kept], labels[20000:][kept]
     sets = op.ConformalRanks(0.8).fit(logits[:20000], labels[:20000], shift=shift)
-    assert set_metrics(*sets.predict(shifted), truth, 5)["coverage"] == pytest.approx(0.8, abs=0.03)
+    assert metrics.coverage(*sets.predict(shifted), truth) == pytest.approx(0.8, abs=0.03)
 
 
 def test_too_few_samples_give_all_ranks_and_say_so() -> None:
