@@ -6,7 +6,7 @@ left behind as a plain layer by `export_heads`.
 
 from typing import TYPE_CHECKING, Any
 
-from ordinal_prompt import losses, metrics, protocols, text
+from ordinal_prompt import losses, metrics, plot, protocols, text
 from ordinal_prompt.attribute_loss import OrdinalPromptLosses
 from ordinal_prompt.attributes import OrdinalPromptHeads
 from ordinal_prompt.calibration import Calibration, adapt_prior, calibrate
@@ -46,6 +46,7 @@ __all__ = [
     "metrics",
     "ordinality",
     "parameter_groups",
+    "plot",
     "protocols",
     "rank_indices",
     "recipe",
