@@ -67,11 +67,8 @@ def linear_head(lr: float, features: Tensor, labels: Tensor) -> nn.Module:
 def plot(path: Path, before: Tensor, after: Tensor, errors: dict[str, list[float]]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     for axis, rows, when in ((axes[0], before, "before training, from names"), (axes[1], after, "after training")):
-        unit = nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
-        figure.colorbar(axis.imshow(unit @ unit.T, cmap="RdBu", vmin=-1, vmax=1), ax=axis, shrink=0.8, label="cosine")
-        told = f"ordinality {op.ordinality(rows):.2f}, chance {0.5 + 1 / len(rows):.2f}"
-        axis.set_title(f"rank prototypes {when}, centred\n{told}")
-        axis.set(xticks=[], yticks=range(len(NAMES)), yticklabels=NAMES)
+        op.plot.similarity(rows, NAMES, axis).set(xticks=[])
+        axis.set_title(f"rank prototypes {when}, centred\n{axis.get_title()}")
     for name, means in errors.items():
         axes[2].plot([*map(str, SHOTS)], means, marker="o", label=name)
     axes[2].set(title="error on test words", xlabel="training words per rank", ylabel="mean absolute error in ranks")

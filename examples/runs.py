@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import matplotlib
-import torch
 from huggingface_hub import constants
 from ordered_data import DataError
-from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import ordinal_prompt as op
 
@@ -66,14 +65,12 @@ def keep_parts(options: Any, *parts: Sequence[str]) -> None:
 
 def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
     """Test metrics of logits (N, K): mean absolute errors in the units of the values, the others by rank."""
-    true = torch.tensor(values)[labels]
-    errors = {rule: (op.decode(logits, rule, values) - true).abs() for rule in ("expectation", "median", "argmax")}
-    by_rank = [errors["expectation"][labels == rank].mean() for rank in labels.unique()]
+    rules = ("expectation", "median", "argmax")
     return {
-        **{f"MAE {rule}": error.mean().item() for rule, error in errors.items()},
-        "macro MAE": torch.stack(by_rank).mean().item(),
-        "accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
-        "kappa": multiclass_cohen_kappa(logits, labels, logits.shape[1], weights="quadratic").item(),
+        **{f"MAE {rule}": op.metrics.mean_absolute_error(logits, labels, values, rule) for rule in rules},
+        "macro MAE": op.metrics.macro_mae(logits, labels, values),
+        "accuracy": op.metrics.accuracy(logits, labels),
+        "kappa": op.metrics.quadratic_weighted_kappa(logits, labels),
     }
 
 
@@ -91,18 +88,12 @@ def plot(path: Path, logits: Tensor, labels: Tensor, rows: Tensor, names: Sequen
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     predicted = op.decode(logits, "median")
     confusion = multiclass_confusion_matrix(predicted, labels, len(names), normalize="true")
-    unit = nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
-    for axis, image, style in (
-        (axes[0], confusion, {"cmap": "Blues", "vmin": 0}),
-        (axes[1], unit @ unit.T, {"cmap": "RdBu", "vmin": -1, "vmax": 1}),
-    ):
-        figure.colorbar(axis.imshow(image, **style), ax=axis, shrink=0.8)
-        shown = range(0, len(names), -(-len(names) // 12))
-        axis.set_xticks(shown, [names[i][:20] for i in shown], rotation=45, ha="right")
-        axis.set_yticks(shown, [names[i][:20] for i in shown])
+    figure.colorbar(axes[0].imshow(confusion, cmap="Blues", vmin=0), ax=axes[0], shrink=0.8)
+    op.plot.similarity(rows, names, axes[1])
+    axes[0].set_xticks(axes[1].get_xticks(), axes[1].get_xticklabels(), rotation=45, ha="right")
+    axes[0].set_yticks(axes[1].get_yticks(), axes[1].get_yticklabels())
     axes[0].set(title=f"{title}: predicted ranks (share of the true one)", xlabel="predicted (median)", ylabel="true")
-    chance = 0.5 + 1 / len(names)
-    axes[1].set_title(f"similarity of the weights, centred\nordinality {op.ordinality(rows):.2f} (chance {chance:.2f})")
+    axes[1].set_title(f"similarity of the weights, centred\n{axes[1].get_title()}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

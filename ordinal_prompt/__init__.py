@@ -6,7 +6,9 @@ left behind as a plain layer by `export_heads`.
 
 from typing import TYPE_CHECKING, Any
 
-from ordinal_prompt import losses, protocols, text
+from ordinal_prompt import losses, metrics, plot, protocols, text
+from ordinal_prompt.attribute_loss import OrdinalPromptLosses
+from ordinal_prompt.attributes import OrdinalPromptHeads
 from ordinal_prompt.calibration import Calibration, adapt_prior, calibrate
 from ordinal_prompt.conformal import ConformalRanks
 from ordinal_prompt.decoding import decode
@@ -30,7 +32,9 @@ __all__ = [
     "ConformalRanks",
     "OrdinalPromptClassifier",
     "OrdinalPromptHead",
+    "OrdinalPromptHeads",
     "OrdinalPromptLoss",
+    "OrdinalPromptLosses",
     "PrototypeLinear",
     "adapt_prior",
     "calibrate",
@@ -39,8 +43,10 @@ __all__ = [
     "fit_head",
     "load_exported",
     "losses",
+    "metrics",
     "ordinality",
     "parameter_groups",
+    "plot",
     "protocols",
     "rank_indices",
     "recipe",

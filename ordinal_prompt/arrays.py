@@ -76,13 +76,15 @@ def rank_tensor(numbers: RankNumbers, argument: str) -> Tensor:
     return tensor[torch.tensor(ranks).argsort()] if ranks else tensor
 
 
-def number_tensor(numbers: Any, argument: str) -> Tensor:
+def number_tensor(numbers: Any, argument: str, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of any kind and shape, in the order given; an index plays no part.
+
+    Of a tensor given its own precision; of anything else `dtype`, by default torch's.
 
     Raises:
         TypeError: what is no number.
     """
-    return _tensor(numbers, argument)
+    return _tensor(numbers, argument, dtype)
 
 
 def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import Labels, RankNumbers, label_tensor, rank_tensor
+from ordinal_prompt.arrays import Labels, RankNumbers, rank_tensor
+from ordinal_prompt.samples import read_logits
 
 EM_STEPS, EM_TOLERANCE = 1000, 1e-8
 
@@ -68,7 +67,9 @@ def calibrate(logits: Tensor, labels: Labels, bias: bool = True) -> Calibration:
     Raises:
         ValueError: fewer than two samples, labels outside the ranks.
     """
-    z, y = _checked(logits, labels)
+    z, y = read_logits(logits, labels)
+    if len(y) < 2 or not bool(z.isfinite().all()):
+        raise ValueError(f"Expected at least two samples with finite logits, but got {len(y)}.")
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=bias)
     optimizer = torch.optim.LBFGS(
@@ -121,15 +122,3 @@ def _frequencies(numbers: RankNumbers, name: str, ranks: int) -> Tensor:
     if found.shape != (ranks,) or not bool((found.isfinite() & (found > 0)).all()):
         raise ValueError(f"Expected `{name}` to be {ranks} frequencies above zero, but got {found.tolist()}.")
     return found / found.sum()
-
-
-def _checked(logits: Any, labels: Labels | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Finite logits (N, K), float64 on the CPU, and labels (N,)."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
-        raise ValueError("Expected `logits` to be a floating point tensor (N, K).")
-    z, y = logits.detach().cpu().double(), label_tensor(labels).cpu()
-    if y.shape != z.shape[:1] or len(y) < 2:
-        raise ValueError(f"Expected at least two samples, with a label each, but got {len(z)} and {tuple(y.shape)}.")
-    if not bool(z.isfinite().all()) or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-        raise ValueError(f"Expected finite logits and labels in 0…{z.shape[1] - 1}.")
-    return z, y

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +113,9 @@ def save(
     tensors = {**state_dict, "special": prompt.special, "prototypes": prototypes}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS_FILE) as path:
+    with replacing(folder / WEIGHTS_FILE) as path:
         save_file(tensors, path, metadata={"config": text})  # so that a mixed pair of files is found out
-    with _replacing(folder / CONFIG_FILE) as path:
+    with replacing(folder / CONFIG_FILE) as path:
         path.write_text(text, encoding="utf-8")
 
 
@@ -125,13 +125,7 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
     config = HeadConfig(**written["head"])
     special, prototypes, source = tensors.pop("special"), tensors.pop("prototypes"), written["source"]
     if text_encoder is None and source and source.get("pretrained"):
-        try:
-            text_encoder, _ = hub.load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)
-        except (ConnectionError, ValueError) as error:
-            raise type(error)(
-                f"{error} Or load the prototypes alone, which predict and export, with "
-                "from_pretrained(folder, text_encoder=False)."
-            ) from error
+        text_encoder = _load_source(source)
     encoder: Any = None
     if text_encoder is not None and text_encoder is not False:
         encoder = adapt(text_encoder, trainable=not config.freeze_text_encoder).encoder
@@ -148,6 +142,25 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
     dtype = getattr(torch, written["dtype"])
     prompt = PromptLearner(config, PromptText.from_dict(written["text"]), special, dtype=dtype)
     return Checkpoint(folder, config, prompt, encoder, tensors, prototypes, source)
+
+
+def shared_text_encoder(folders: Sequence[Path]) -> Any:
+    """The text encoder that open_clip built the heads in all folders on, loaded once; None where it did not."""
+    first, *others = [_read(folder)[0]["source"] for folder in folders]
+    if not first or not first.get("pretrained") or any(source != first for source in others):
+        return None
+    return _load_source(first)
+
+
+def _load_source(source: Mapping[str, Any]) -> Any:
+    """The model that a head was built on, of open_clip."""
+    try:
+        return hub.load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)[0]
+    except (ConnectionError, ValueError) as error:
+        raise type(error)(
+            f"{error} Or load the prototypes alone, which predict and export, with "
+            "from_pretrained(folder, text_encoder=False)."
+        ) from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -196,7 +209,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place once it is written; whatever goes wrong, `path` stays whole."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ordinal_prompt.attributes import OrdinalPromptHeads
 from ordinal_prompt.export import stands_for_linear
 from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.places import SharedHead
@@ -69,7 +70,10 @@ def is_classifier(module: Any) -> bool:
     """Whether a module may be a classifier: a linear map at every position, or what stands for one."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return set(module.kernel_size) == set(module.stride) == {1} and module.groups == 1
-    return isinstance(module, (nn.Linear, OrdinalPromptHead, SharedHead)) or stands_for_linear(module)
+    if isinstance(module, torch.fx.GraphModule):  # what was exported of several heads
+        return isinstance(getattr(module, "heads", None), nn.Module) and hasattr(module, "weight")
+    ours = (OrdinalPromptHead, OrdinalPromptHeads, SharedHead)
+    return isinstance(module, (nn.Linear, *ours)) or stands_for_linear(module)
 
 
 def feature_width(model: nn.Module, classifier: Any) -> int | None:
@@ -86,7 +90,7 @@ def feature_width(model: nn.Module, classifier: Any) -> int | None:
 def num_outputs(classifier: Any) -> int | None:
     """K, where it is known."""
     if isinstance(classifier, torch.fx.GraphModule):
-        classifier = classifier.head
+        classifier = getattr(classifier, "head", None)
     if isinstance(classifier, nn.Sequential):
         classifier = classifier[-1]
     count = getattr(classifier, "num_ranks", getattr(classifier, "out_features", None))

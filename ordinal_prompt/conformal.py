@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, label_tensor
-from ordinal_prompt.calibration import _checked
+from ordinal_prompt.arrays import Labels, RankNumbers, number_tensor, rank_tensor
+from ordinal_prompt.samples import mean_by_rank, read_labels, read_logits
 
 SCORES = ("cdf", "rps")
+TIE = 1e-6  # scores that are this close count as equal: float32 and other devices round them differently
+MAX_LISTED = 10
 
 
 class ConformalRanks:
@@ -29,6 +31,10 @@ class ConformalRanks:
         score: `"cdf"`, |F_y - p_y / 2 - 1/2| (how far the rank's middle is from the median), or `"rps"`, the ranked
             probability score Σ_k (F_k - [y ≤ k])².
         by_rank: guarantee the coverage for each true rank alone (Mondrian); needs calibration samples of each.
+
+    Attributes:
+        thresholds: (K,) the highest score with which each rank is in a set, or (G, K) for each group; float64.
+        groups: the G groups that `fit` was given, or None.
 
     >>> import torch
     >>> logits = torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
@@ -46,69 +52,138 @@ class ConformalRanks:
         self.coverage = coverage
         self.score = score
         self.by_rank = by_rank
-        self.thresholds: Tensor | None = None  # (K,)
+        self.thresholds: Tensor | None = None
+        self.groups: tuple[Hashable, ...] | None = None
 
-    def fit(self, logits: Tensor, labels: Labels, shift: Tensor | None = None) -> ConformalRanks:
+    def fit(self, logits: Any, labels: Labels, shift: RankNumbers | None = None, groups: Any = None) -> ConformalRanks:
         """Calibrates on held-out samples.
 
         Args:
-            logits: (N, K) of samples that the model was not trained on.
-            labels: (N,) rank indices.
+            logits: (..., K) of samples that the model was not trained on.
+            labels: (...) rank indices.
             shift: (K,) frequency of each rank where the sets will be used, over that among these samples; for a known
                 label shift (Podkopaev and Ramdas, UAI 2021).
+            groups: (...) names or numbers of the group of each sample, as a hospital or a camera; the coverage then
+                holds in each group alone (Mondrian, Vovk et al., 2005, section 4.5), and with `by_rank` for each rank
+                in each group.
 
         Where the samples are too few for the coverage, sets hold all ranks, and a warning says so.
+
+        Raises:
+            ValueError: no samples, other shapes, labels outside the ranks, ratios that are not above zero, a missing
+                group.
+            TypeError: groups that are neither names nor integers.
         """
-        z, y = _checked(logits, labels)
+        z, y = read_logits(logits, labels)
         ranks = z.shape[1]
-        weight = torch.ones(ranks, dtype=torch.float64) if shift is None else shift.detach().cpu().double()
+        weight = torch.ones(ranks).double() if shift is None else rank_tensor(shift, "shift").detach().cpu().double()
         if weight.shape != (ranks,) or not bool((weight.isfinite() & (weight > 0)).all()):
             raise ValueError(f"Expected `shift` to be {ranks} ratios above zero, but got {weight.tolist()}.")
         scores = rank_scores(z, self.score).gather(1, y[:, None])[:, 0]
-        thresholds = []
-        for rank in range(ranks):
-            own = y == rank if self.by_rank else torch.ones_like(y, dtype=torch.bool)
-            thresholds.append(_quantile(scores[own], weight[y[own]], weight[rank], self.coverage))
-        self.thresholds = torch.stack(thresholds)
-        if bool(self.thresholds.isinf().any()):
-            count = "for some ranks " if self.by_rank else ""
+        named = [None] * len(y) if groups is None else _group_list(groups, len(y))
+        index = {group: place for place, group in enumerate(dict.fromkeys(named))}
+        of_group = torch.tensor([index[group] for group in named])
+        thresholds = torch.empty(len(index), ranks, dtype=torch.float64)
+        for place in range(len(index)):
+            for part in range(ranks) if self.by_rank else [slice(None)]:
+                own = of_group == place if isinstance(part, slice) else (of_group == place) & (y == part)
+                thresholds[place, part] = _quantiles(scores[own], weight[y[own]], weight[part], self.coverage)
+        self.thresholds = thresholds[0] if groups is None else thresholds
+        self.groups = None if groups is None else tuple(index)
+        short = thresholds.isinf().any(dim=1).tolist()
+        if any(short):
+            few = [repr(group) for group, place in index.items() if short[place] and groups is not None]
+            where = f"in the groups {_listed(few)} " * bool(few) + "for some ranks " * self.by_rank
             warnings.warn(
-                f"{len(y)} calibration samples are {count}too few for a coverage of {self.coverage:g}: sets hold those "
+                f"{len(y)} calibration samples are {where}too few for a coverage of {self.coverage:g}: sets hold those "
                 f"ranks always. At least {math.ceil(self.coverage / (1 - self.coverage) - 1e-9)} are needed"
-                f"{' of each rank' if self.by_rank else ''}.",
+                f"{' of each rank' * self.by_rank}{' in each group' * bool(few)}"
+                f"{', and more under a shift' * (shift is not None)}.",
                 stacklevel=2,
             )
         return self
 
-    def predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last rank (...) of the sets of logits (..., K); never empty."""
-        if self.thresholds is None:
-            raise ValueError("Expected thresholds, but there are none yet; call fit on held-out samples first.")
-        if logits.shape[-1] != len(self.thresholds):
-            raise ValueError(f"Expected logits of {len(self.thresholds)} ranks, but got {tuple(logits.shape)}.")
+    def predict(self, logits: Any, groups: Any = None) -> tuple[Tensor, Tensor]:
+        """First and last rank (...) of the sets of logits (..., K); never empty, and all ranks where logits are NaN.
+
+        Args:
+            logits: (..., K).
+            groups: (...) the group of each sample, one of those that `fit` was given, where it was given some.
+
+        Raises:
+            ValueError: thresholds that are not fitted, another number of ranks, missing or unknown groups.
+        """
+        thresholds, logits = self._fitted(), number_tensor(logits, "logits", torch.float64)
+        if logits.dim() == 0 or logits.shape[-1] != thresholds.shape[-1]:
+            raise ValueError(f"Expected logits of {thresholds.shape[-1]} ranks, but got {tuple(logits.shape)}.")
         scores = rank_scores(logits.double(), self.score)
-        inside = scores <= self.thresholds.to(scores.device)
+        if (groups is None) != (self.groups is None):
+            told = f"one of {_listed(map(repr, self.groups))} for each sample" if self.groups else "none"
+            raise ValueError(f"Expected `groups` as in fit, {told}, but got {'none' if groups is None else 'some'}.")
+        if self.groups is not None:
+            places = {group: place for place, group in enumerate(self.groups)}
+            named = _group_list(groups, logits.shape[:-1].numel())
+            unknown = {repr(group): None for group in named if group not in places}
+            if unknown:
+                raise ValueError(
+                    f"Expected `groups` among those of the calibration samples, {_listed(map(repr, places))}, but got "
+                    f"{_listed(unknown)}; calibrate with samples of those, too."
+                )
+            thresholds = thresholds[[places[group] for group in named]].reshape(scores.shape)
+        inside = ~(scores > thresholds.to(scores.device))
         best = torch.nn.functional.one_hot(scores.argmin(dim=-1), scores.shape[-1]).bool()
         inside = inside | (best & ~inside.any(dim=-1, keepdim=True))
         last = inside.shape[-1] - 1 - inside.flip(-1).int().argmax(dim=-1)
         return inside.int().argmax(dim=-1), last
 
     def to_json(self) -> str:
-        """What `from_json` reads: a few numbers, to be kept beside the exported layers."""
-        if self.thresholds is None:
-            raise ValueError("Expected thresholds, but there are none yet; call fit on held-out samples first.")
-        numbers = [None if math.isinf(value) else value for value in self.thresholds.tolist()]
-        state = {"coverage": self.coverage, "score": self.score, "by_rank": self.by_rank, "thresholds": numbers}
-        return json.dumps(state)
+        """What `from_json` reads: a few numbers, to be kept beside the exported layers.
+
+        Where they run without this package, a set reaches from the first to the last rank whose score is at most its
+        threshold (null: always), or holds the rank of the least score where there is none.
+
+        >>> import torch
+        >>> sets = ConformalRanks(0.5).fit(torch.eye(3), [0, 1, 2])
+        >>> thresholds = json.loads(sets.to_json())["thresholds"]
+        >>> p = torch.eye(3).softmax(-1)
+        >>> scores = (p.cumsum(-1) - p / 2 - 0.5).abs()  # "cdf"
+        >>> [[y for y in range(3) if row[y] <= thresholds[y]] for row in scores]
+        [[0, 1], [1], [1, 2]]
+        """
+        rows = self._fitted().reshape(-1, self._fitted().shape[-1]).tolist()
+        numbers = [[None if math.isinf(value) else value for value in row] for row in rows]
+        state = {"coverage": self.coverage, "score": self.score, "by_rank": self.by_rank}
+        if self.groups is None:
+            return json.dumps({**state, "thresholds": numbers[0]})
+        return json.dumps({**state, "groups": self.groups, "thresholds": numbers})
 
     @classmethod
     def from_json(cls, text: str) -> ConformalRanks:
-        """The calibrated sets that `to_json` wrote."""
-        state: Mapping[str, Any] = json.loads(text)
-        sets = cls(state["coverage"], state["score"], state["by_rank"])
-        numbers = [math.inf if value is None else value for value in state["thresholds"]]
-        sets.thresholds = torch.tensor(numbers, dtype=torch.float64)
+        """The calibrated sets that `to_json` wrote.
+
+        Raises:
+            ValueError: a text that it did not write.
+        """
+        try:
+            state: Mapping[str, Any] = json.loads(text)
+            sets = cls(state["coverage"], state["score"], state["by_rank"])
+            groups, numbers = state.get("groups"), state["thresholds"]
+            rows = [
+                [math.inf if value is None else value for value in row] for row in (numbers if groups else [numbers])
+            ]
+            thresholds = torch.tensor(rows, dtype=torch.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected what ConformalRanks.to_json wrote, but got something else: {error!r}."
+            ) from error
+        sets.groups = tuple(groups) if groups else None
+        sets.thresholds = thresholds if groups else thresholds[0]
         return sets
+
+    def _fitted(self) -> Tensor:
+        if self.thresholds is None:
+            raise ValueError("Expected thresholds, but there are none yet; call fit on held-out samples first.")
+        return self.thresholds
 
 
 def rank_scores(logits: Tensor, score: str) -> Tensor:
@@ -117,23 +192,85 @@ def rank_scores(logits: Tensor, score: str) -> Tensor:
     cumulated = probabilities.cumsum(dim=-1)
     if score == "cdf":
         return (cumulated - probabilities / 2 - 0.5).abs()
-    below = torch.tril(torch.ones(logits.shape[-1], logits.shape[-1], dtype=logits.dtype, device=logits.device)).T
-    return (cumulated[..., None, :] - below).square().sum(dim=-1)
+    below, above = cumulated.square(), (1 - cumulated).square()  # what a threshold adds to ranks above it, and up to it
+    return below.cumsum(dim=-1) - below + above.flip(-1).cumsum(dim=-1).flip(-1)
 
 
-def set_metrics(first: Tensor, last: Tensor, labels: Labels, num_ranks: int) -> dict[str, Any]:
-    """Coverage, mean width in ranks, and the coverage of each true rank (NaN where there are no samples)."""
-    y = label_tensor(labels)
-    inside = ((first <= y) & (y <= last)).double()
-    by_rank = [inside[y == rank].mean().item() for rank in range(num_ranks)]
-    width = (last - first + 1).double().mean().item()
-    return {"coverage": inside.mean().item(), "width": width, "coverage_by_rank": by_rank}
+def coverage(first: Any, last: Any, labels: Labels) -> float:
+    """Share of samples whose set of ranks, from `first` to `last` (...), holds the true rank.
+
+    >>> coverage([0, 1, 2], [1, 1, 4], [1, 2, 2])
+    0.6666666666666666
+    """
+    return float(_inside(first, last, labels)[0].mean())
 
 
-def _quantile(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) -> Tensor:
-    """The least score up to which the weighted samples have the coverage, the test sample counted beyond all."""
-    order = scores.argsort()
-    reached = weights[order].cumsum(dim=0) >= coverage * (weights.sum() + own) * (1 - 1e-12)
-    if not bool(reached.any()):
-        return torch.tensor(math.inf, dtype=torch.float64)
-    return scores[order][reached.int().argmax()]
+def coverage_by_rank(first: Any, last: Any, labels: Labels, num_ranks: int | None = None) -> Tensor:
+    """`coverage` over the samples of each true rank, (K,) float64; NaN where a rank does not occur.
+
+    >>> coverage_by_rank([0, 1, 2], [1, 1, 4], [1, 2, 2])
+    tensor([   nan, 1.0000, 0.5000], dtype=torch.float64)
+    """
+    inside, ranks = _inside(first, last, labels)
+    return mean_by_rank(inside, ranks, int(ranks.max()) + 1 if num_ranks is None else num_ranks)
+
+
+def mean_width(first: Any, last: Any) -> float:
+    """Mean number of ranks in sets from `first` to `last` (...).
+
+    >>> mean_width([0, 1, 2], [1, 1, 4])
+    2.0
+    """
+    low, high = _bounds(first, last)
+    return float((high - low + 1).double().mean())
+
+
+def _inside(first: Any, last: Any, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Whether each set holds the true rank (N,), and that rank (N,)."""
+    low, high = _bounds(first, last)
+    ranks = read_labels(labels)
+    if len(ranks) != len(low):
+        raise ValueError(f"Expected a set of ranks for each label, but got {len(low)} sets for {len(ranks)} labels.")
+    return ((low <= ranks) & (ranks <= high)).double(), ranks
+
+
+def _bounds(first: Any, last: Any) -> tuple[Tensor, Tensor]:
+    low, high = read_labels(first, argument="first"), read_labels(last, argument="last")
+    if len(low) != len(high) or bool((low > high).any()):
+        raise ValueError(
+            "Expected the first and the last rank of each set, none empty, but some end before they start."
+        )
+    return low, high
+
+
+def _quantiles(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) -> Tensor:
+    """The least score up to which the weighted samples have the coverage, the test sample counted beyond all.
+
+    Args:
+        scores, weights: (N,) of calibration samples.
+        own: (...) weights that the test sample may have.
+    """
+    ordered, order = scores.sort()
+    needed = coverage * (weights.sum() + own) * (1 - 1e-12)
+    place = torch.searchsorted(weights[order].cumsum(dim=0), needed)
+    return torch.cat([ordered + TIE, torch.tensor([math.inf], dtype=torch.float64)])[place]
+
+
+def _group_list(groups: Any, number: int) -> list[Hashable]:
+    """The group of each of `number` samples, as plain Python values."""
+    flat = groups.reshape(-1) if hasattr(groups, "reshape") else groups
+    named: list[Hashable] = flat.tolist() if hasattr(flat, "tolist") else [*flat]
+    if len(named) != number:
+        raise ValueError(f"Expected a group for each sample, but got {len(named)} `groups` for {number} samples.")
+    missing = sum(group is None or group != group for group in named)
+    if missing:
+        raise ValueError(f"Expected a group for each sample, but {missing} of `groups` are missing; name them, too.")
+    if not all(isinstance(group, (str, int)) for group in named):
+        kinds = sorted({type(group).__name__ for group in named})
+        raise TypeError(f"Expected `groups` to be names or integers, but got {', '.join(kinds)}.")
+    return named
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [*names]
+    return ", ".join(shown[:MAX_LISTED]) + ", …" * (len(shown) > MAX_LISTED)

@@ -11,6 +11,11 @@ from torch.nn import functional as F
 from ordinal_prompt.config import MAX_FACTOR
 
 
+def unit_prototypes(features: Tensor) -> Tensor:
+    """Prototypes (K, D) of unit norm, at least float32, of text features (K, D)."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
 def linear_map(
     prototypes: Tensor,
     log_scale: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +40,12 @@ def pointwise(layers: nn.Module) -> nn.Module:
     last = graph.call_method("movedim", (graph.placeholder("features"), 1, -1))
     graph.output(graph.call_method("movedim", (graph.call_module("head", (last,)), -1, 1)))
     return no_linear_layer(torch.fx.GraphModule(PointwiseHead(layers), graph)).eval()
+
+
+def side_by_side(layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Plain layers of several heads, from features (..., in_features) to a dictionary, as a graph like `pointwise`."""
+    root, graph = nn.Module(), torch.fx.Graph()
+    root.heads = nn.ModuleDict(layers)
+    features = graph.placeholder("features")
+    graph.output({name: graph.call_module(f"heads.{name}", (features,)) for name in layers})
+    return no_linear_layer(torch.fx.GraphModule(root, graph)).eval()

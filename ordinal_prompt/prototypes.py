@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ordinal_prompt.cache import Kept, traced
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
 from ordinal_prompt.labels import all_strings, rank_indices
+from ordinal_prompt.matching import unit_prototypes
 from ordinal_prompt.prompt import PromptLearner, full_precision
+from ordinal_prompt.reuse import one_backward
 from ordinal_prompt.text import Prompts
 from ordinal_prompt.text.towers import evaluating, text_half
 
@@ -110,15 +111,8 @@ class RankPrototypes(nn.Module):
         if not self._differentiable() or self._reused is not None or handed_out(self, self.prompt):
             yield
             return
-        encoded = self._encode(self.prompt())
-        self._reused = Kept(encoded.detach().requires_grad_(), self._sources(), ())
-        try:
+        with one_backward([(self, self._encode(self.prompt()))]):
             yield
-            shared = self._reused_prototypes(self._reused)
-        finally:
-            self._reused = None
-        if shared.grad is not None:
-            encoded.backward(shared.grad)
 
     def prototypes_at(self, positions: Tensor | Sequence[float]) -> Tensor:
         """Prototypes at real positions between the first and the last rank, also where no rank is.
@@ -189,8 +183,7 @@ class RankPrototypes(nn.Module):
                 "This head has no text encoder (it was loaded without one, or came from the meta device), so that its "
                 "prompts cannot be encoded; load it with from_pretrained(folder, text_encoder=...)."
             )
-        features = self.text_encoder.encode(prompts)
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        return unit_prototypes(self.text_encoder.encode(prompts))
 
     def _differentiable(self) -> bool:
         return self.training and torch.is_grad_enabled() and self._learns()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ordinal_prompt.classifiers import find_classifiers, submodule
 from ordinal_prompt.export import linear_layer, no_linear_layer, unit_norm
-from ordinal_prompt.places import pointwise
+from ordinal_prompt.places import pointwise, side_by_side
 from ordinal_prompt.swap import put
 
 FILES = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pth", "*.pt")
@@ -39,7 +39,8 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     state = source if isinstance(source, Mapping) else _read(Path(source))
     heads = _exported(state)
     for name in heads:
-        layers: nn.Module = _layers(state, name)
+        of_attributes = _attributes(state, name)
+        layers: nn.Module = side_by_side(of_attributes) if of_attributes else _layers(state, name)
         place = name
         if submodule(model, place) is None and name.endswith(".head"):
             place, layers = name.removesuffix(".head"), pointwise(layers)
@@ -82,10 +83,29 @@ def _read_by_transformers(model: Any, folder: str | Path) -> dict[str, Tensor]:
 
 
 def _exported(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the exported heads in a state dict, which have an empty weight and layers with numbers for names."""
+    """Names of the exported heads in a state dict, which have an empty weight and layers with numbers for names.
+
+    Of several heads side by side, whose layers are in `heads`, the name that they share.
+    """
+    marked = [name.removesuffix(".weight") for name, tensor in state.items() if tensor.numel() == 0]
+    several = [name for name in marked if _attributes(state, name)]
+    inside = tuple(f"{name}.heads." for name in several)
     numbered = re.compile(r"(.+)\.\d+\.weight")
-    heads = {match[1]: None for match in map(numbered.fullmatch, state) if match}
-    return [name for name in heads if f"{name}.weight" in state and state[f"{name}.weight"].numel() == 0]
+    layers = {match[1] for match in map(numbered.fullmatch, state) if match}
+    return [name for name in marked if name in several or (name in layers and not name.startswith(inside))]
+
+
+def _attributes(state: Mapping[str, Tensor], name: str) -> dict[str, nn.Module]:
+    """The layers of each of several heads side by side, in their order in the state dict."""
+    inside = re.compile(re.escape(name) + r"\.heads\.([^.]+)\.(?:\d+\.)?weight")
+    found = {match[1]: f"{name}.heads.{match[1]}" for match in map(inside.fullmatch, state) if match}
+    plain = {place for place in found.values() if state.get(f"{place}.weight", torch.empty(0)).numel()}
+    return {
+        attribute: linear_layer(state[f"{place}.weight"], state.get(f"{place}.bias"))
+        if place in plain
+        else _layers(state, place)
+        for attribute, place in found.items()
+    }
 
 
 def _layers(state: Mapping[str, Tensor], name: str) -> nn.Sequential:

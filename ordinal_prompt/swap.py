@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import activation
 
+from ordinal_prompt.attributes import OrdinalPromptHeads
 from ordinal_prompt.classifiers import feature_width, find_classifiers, named_classifier, num_outputs
 from ordinal_prompt.export import linear_layer, no_linear_layer
 from ordinal_prompt.head import OrdinalPromptHead
@@ -66,7 +67,7 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
             "one head cannot take them all. Name one (name=) to replace it alone, with as many outputs as before."
         )
     for place in found:
-        _check_place(model, place, head)
+        _check_place(model, place, head, shared=len(found) > 1)
     old: Any = model.get_submodule(found[0])
     weight = next(old.parameters(), None)
     if weight is not None and not weight.is_meta:
@@ -97,7 +98,10 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     Raises:
         ValueError: no prompt head in the model; learned tensors that are not finite.
     """
-    heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
+    several = [module for module in model.modules() if isinstance(module, OrdinalPromptHeads)]
+    inside = {id(part) for heads in several for part in heads.modules()}
+    alone = [part for part in model.modules() if isinstance(part, OrdinalPromptHead) and id(part) not in inside]
+    heads: list[OrdinalPromptHead | OrdinalPromptHeads] = [*several, *alone]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
     exported = {id(head): _exported(head) for head in heads}
@@ -135,7 +139,7 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
                     setattr(owner, auxiliary, None)
 
 
-def _exported(head: OrdinalPromptHead) -> nn.Module:
+def _exported(head: OrdinalPromptHead | OrdinalPromptHeads) -> nn.Module:
     """A head's export, in a form that the layer that it replaced takes whole, or not at all."""
     layers = head.export()
     wanted: bool | None = getattr(head, "replaces_bias", None)
@@ -154,8 +158,15 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 setattr(parent, leaf, replacements[id(child)])
 
 
-def _check_place(model: nn.Module, name: str, head: nn.Module) -> None:
+def _check_place(model: nn.Module, name: str, head: nn.Module, shared: bool) -> None:
     """Raises ValueError where a head does not fit the place of a classifier."""
+    over_map = isinstance(model.get_submodule(name), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if isinstance(head, OrdinalPromptHeads) and (over_map or shared):
+        raise ValueError(
+            f"Expected one head in the place of {type(model).__name__}.{name}, whose logits the model "
+            f"{'averages' if shared else 'gives at every position'}, but got heads of {', '.join(head)}; their logits "
+            "come in a dictionary, so replace a linear classifier."
+        )
     width, needed = feature_width(model, model.get_submodule(name)), getattr(head, "in_features", None)
     if width is not None and needed is not None and width != needed:
         raise ValueError(

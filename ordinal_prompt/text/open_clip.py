@@ -7,12 +7,13 @@ Every other tower (bidirectional, other pooling, custom blocks) runs through its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.text.packing import SharedPrefixAttention, pack, packed_mask, unpack
+from ordinal_prompt.text.packing import SharedPrefixAttention, behind_each_other, pack, packed_mask, unpack
 from ordinal_prompt.text.prompts import Prompts
 from ordinal_prompt.text.towers import TextHalf, text_half
 
@@ -68,6 +69,23 @@ class CausalTextHalf(nn.Module):
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
+        packed, mask, pooled_at = self._lay_out(prompts)
+        return self._pool(self.tower.transformer(packed, attn_mask=mask), mask, pooled_at)
+
+    def encode_all(self, several: Sequence[Prompts]) -> list[Tensor]:
+        """Features (K, D) of the prompts of several heads, in one pass through the tower."""
+        if getattr(self.tower.transformer, "grad_checkpointing", False):  # runs blocks again, when sections are gone
+            return [self.encode(prompts) for prompts in several]
+        laid_out = [self._lay_out(prompts) for prompts in several]
+        sections = [(packed.shape[1], mask) for packed, mask, _ in laid_out]
+        with behind_each_other(self.tower, sections):
+            together = torch.cat([packed for packed, _, _ in laid_out], dim=1)
+            together = self.tower.transformer(together, attn_mask=sections[0][1])
+        parts = together.split([length for length, _ in sections], dim=1)
+        return [self._pool(part, mask, at) for part, (_, mask, at) in zip(parts, laid_out, strict=True)]
+
+    def _lay_out(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """One sequence (1, P + K·S, W), its mask, and where in each suffix (K,) its feature is."""
         tower: Any = self.tower
         dtype = tower.transformer.get_cast_dtype()
         positions = tower.positional_embedding.to(dtype)
@@ -84,10 +102,14 @@ class CausalTextHalf(nn.Module):
             suffixes = torch.cat([suffixes, torch.stack([after, last]).expand(num, 2, -1)], dim=1)
             visible = self._class_token_visibility(prompts)
             pooled_at = torch.full_like(prompts.lengths, length + 1)
+        return pack(prefix, suffixes), packed_mask(visible, start, dtype), pooled_at
 
-        packed = tower.transformer(pack(prefix, suffixes), attn_mask=packed_mask(visible, start, dtype))
-        pooled = unpack(packed, start, suffixes.shape[1])[torch.arange(num, device=packed.device), pooled_at]
-        pooled = tower.ln_final(pooled)
+    def _pool(self, packed: Tensor, mask: Tensor, pooled_at: Tensor) -> Tensor:
+        """Features (K, D) of what the transformer made of a packed sequence."""
+        tower: Any = self.tower
+        suffix, seen = mask.shape[-2:]
+        each = unpack(packed, seen - suffix, suffix)
+        pooled = tower.ln_final(each[torch.arange(len(each), device=packed.device), pooled_at])
         projection = tower.text_projection
         if projection is not None:
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection

@@ -10,6 +10,8 @@ of the attention in a copy of the text encoder, with the same weights, and atten
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,13 @@ class SharedPrefixAttention(nn.Module):
 
     Args:
         attention: the attention whose weights are used; they stay its own.
+
+    Attributes:
+        sections: of several packed sequences behind each other, each with a prefix of its own, the lengths and the
+            masks; None for a single one.  See `behind_each_other`.
     """
+
+    sections: list[tuple[int, Tensor]] | None = None
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -43,9 +51,17 @@ class SharedPrefixAttention(nn.Module):
             (1, P + K·S, W), and None in the place of attention weights.
         """
         own = self.attention
+        projected = F.linear(query[0], own.in_proj_weight, own.in_proj_bias)
+        sections = self.sections or [(len(projected), attn_mask)]
+        parts = projected.split([length for length, _ in sections])
+        merged = [self._attend(part, mask) for part, (_, mask) in zip(parts, sections, strict=True)]
+        return own.out_proj(torch.cat(merged))[None], None
+
+    def _attend(self, projected: Tensor, attn_mask: Tensor) -> Tensor:
+        """What the tokens of one packed sequence gather from each other, (P + K·S, W), of their q, k and v."""
+        own = self.attention
         length, seen = attn_mask.shape[-2:]
         prefix = seen - length
-        projected = F.linear(query[0], own.in_proj_weight, own.in_proj_bias)
         sizes = [prefix, len(projected) - prefix]
         (shared_q, q), (shared_k, k), (shared_v, v) = (
             rearrange(part, "l (h d) -> h l d", h=own.num_heads).split(sizes, dim=1)
@@ -62,8 +78,20 @@ class SharedPrefixAttention(nn.Module):
         on_prefix, on_own = weights.split([prefix, length], dim=-1)
         from_prefix = rearrange(on_prefix, "h k s p -> h (k s) p") @ shared_v
         from_own = rearrange(on_own @ each_v, "h k s d -> h (k s) d")
-        merged = rearrange(torch.cat([first, from_prefix + from_own], dim=1), "h l d -> l (h d)")
-        return own.out_proj(merged)[None], None
+        return rearrange(torch.cat([first, from_prefix + from_own], dim=1), "h l d -> l (h d)")
+
+
+@contextmanager
+def behind_each_other(module: nn.Module, sections: list[tuple[int, Tensor]]) -> Iterator[None]:
+    """Attention within each of several packed sequences, given by their lengths and masks, for a while."""
+    attentions = [part for part in module.modules() if isinstance(part, SharedPrefixAttention)]
+    try:
+        for attention in attentions:
+            attention.sections = sections
+        yield
+    finally:
+        for attention in attentions:
+            attention.sections = None
 
 
 def pack(prefix: Tensor, suffixes: Tensor) -> Tensor:

@@ -141,3 +141,17 @@ def evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def same_weights(first: Any, second: Any) -> bool:
+    """Whether two text encoders are one, or halves of the same model that compute the same."""
+    if first is second or not (isinstance(first, nn.Module) and isinstance(second, nn.Module)):
+        return first is second
+    plain = (bool, int, float, str, type(None))  # as how features are pooled
+
+    def marks(half: nn.Module) -> tuple[Any, ...]:
+        tensors = [(t.data_ptr(), t.shape, t.dtype, t.stride()) for t in (*half.parameters(), *half.buffers())]
+        options = {name: value for name, value in vars(half).items() if isinstance(value, plain) and name != "training"}
+        return [*map(type, half.modules())], options, tensors
+
+    return marks(first) == marks(second) and not any(tensor.is_meta for tensor in first.parameters())

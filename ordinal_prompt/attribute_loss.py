@@ -1,0 +1,94 @@
+"""The loss of several attributes, each with a weight and with labels of its own, some of which may be missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from ordinal_prompt.losses import OrdinalPromptLoss
+
+
+class OrdinalPromptLosses(nn.Module):
+    """Σ weight · loss over attributes.
+
+    A batch needs labels of every attribute, so that all processes compute the same terms under DistributedDataParallel;
+    samples without one have the `ignore_index` of its loss.  Where none has one, the term and its gradient are zero.
+
+    Args:
+        losses: the loss of each attribute, as `head.loss(ignore_index=-100)` makes it.
+        weights: of attributes, finite and not negative; default 1.
+
+    Shapes:
+        logits: for each attribute (B, K), labels (B,) and what else `OrdinalPromptLoss` takes.  The loss is a scalar.
+
+    Raises:
+        ValueError: no losses, weights of other attributes or negative ones, attributes missing in logits or labels.
+        TypeError: losses that are none, logits or labels that are no dictionaries.
+
+    >>> import torch
+    >>> loss = OrdinalPromptLosses({"age": OrdinalPromptLoss(), "quality": OrdinalPromptLoss()}, {"age": 0.5})
+    >>> logits = {"age": torch.zeros(2, 8), "quality": torch.zeros(2, 3)}
+    >>> labels = {"age": torch.tensor([7, 2]), "quality": torch.tensor([0, 2])}
+    >>> {name: round(term.item(), 2) for name, term in loss.terms(logits, labels).items()}
+    {'age': 2.77, 'quality': 1.79}
+    >>> round(loss(logits, labels).item(), 2)
+    3.18
+    """
+
+    def __init__(self, losses: Mapping[str, OrdinalPromptLoss], weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("Expected the loss of at least one attribute, but got none.")
+        for name, loss in losses.items():
+            if not isinstance(loss, nn.Module):
+                raise TypeError(f"Expected the loss of {name!r} to be a module, but got {type(loss).__name__}.")
+        self.losses = nn.ModuleDict(losses)
+        given = dict(weights or {})
+        unknown = [name for name in given if name not in losses]
+        if unknown:
+            raise ValueError(f"Expected `weights` of {_listed(losses)}, but got one of {_listed(unknown)}.")
+        for name, weight in given.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"Expected weights that are finite and not negative, but got {weight} for {name!r}.")
+        self.weights = {name: float(given.get(name, 1.0)) for name in losses}
+
+    def forward(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        sample_weight: Mapping[str, Tensor] | Tensor | None = None,
+    ) -> Tensor:
+        terms = self.terms(logits, labels, sample_weight)
+        weighted = [self.weights[name] * term for name, term in terms.items()]
+        total: Tensor = sum(weighted[1:], start=weighted[0])
+        return total
+
+    def terms(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        sample_weight: Mapping[str, Tensor] | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of each attribute, before its weight."""
+        for argument, given in (("logits", logits), ("labels", labels)):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"Expected `{argument}` to be a dictionary of {_listed(self.losses)}, but got "
+                    f"{type(given).__name__}."
+                )
+            if set(given) != set(self.losses):
+                raise ValueError(
+                    f"Expected `{argument}` of {_listed(self.losses)}, but got those of {_listed(given) or 'none'}; "
+                    "where no sample has a label, pass labels that are all `ignore_index`."
+                )
+        weights = sample_weight if isinstance(sample_weight, Mapping) else dict.fromkeys(self.losses, sample_weight)
+        return {name: loss(logits[name], labels[name], weights.get(name)) for name, loss in self.losses.items()}
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
