@@ -38,7 +38,7 @@ class PromptLearner(nn.Module):
             rank k uses the first `text.rank_tokens[k]`.
     """
 
-    context_embeddings: nn.Parameter
+    context_embeddings: Tensor
     rank_embeddings: nn.Parameter
 
     def __init__(
@@ -61,7 +61,11 @@ class PromptLearner(nn.Module):
         width, per_rank = special.shape[1], [self.num_ranks] * self.rank_specific_context
         context_shape = (*per_rank, text.num_context, width)
         rank_shape = (self.num_base_ranks, max(text.rank_tokens), width)
-        self.context_embeddings = nn.Parameter(torch.empty(context_shape, device=special.device, dtype=dtype))
+        context = torch.empty(context_shape, device=special.device, dtype=dtype)
+        if text.num_context:
+            self.context_embeddings = nn.Parameter(context)
+        else:  # FSDP shards no empty parameters
+            self.register_buffer("context_embeddings", context)
         self.rank_embeddings = nn.Parameter(torch.empty(rank_shape, device=special.device, dtype=dtype))
         # Constants, and no buffers: DistributedDataParallel would send them, and so change them, in every step.
         self.special = special

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,18 @@ import ordinal_prompt as op
 
 FEATURES, LABELS = torch.linspace(-1, 1, 64).reshape(8, 8).sin(), torch.arange(8) % 5
 FULLY_SHARD = hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard")
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "learned prompts": {},
     "frozen prompts": {"learn_prompts": False},
     "trained text encoder": {"freeze_text_encoder": False},
+    "no context": {"context": 0},
 }
 
 
-def build(options: dict[str, bool]) -> nn.Sequential:
+def build(options: dict[str, Any]) -> nn.Sequential:
     torch.manual_seed(0)
-    head = op.OrdinalPromptHead(tiny_clip(), 5, context=4, learn_logit_scale=True, residual=1.0, kl_weight=0, **options)
+    options = {"context": 4, "learn_logit_scale": True, "residual": 1.0, "kl_weight": 0, **options}
+    head = op.OrdinalPromptHead(tiny_clip(), 5, **options)
     return nn.Sequential(nn.Linear(8, 12), head)
 
 

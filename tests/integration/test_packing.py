@@ -26,7 +26,7 @@ if "eos_id" in TEXT_OPTIONS:
     with_eos = {**TEXT, "pool_type": "eos", "eos_id": 49407}
     classes = {"embed_cls": True, "correct_cls_mask": True}
     TOWERS["correct class token"] = shaken(TextTransformer(40, 49408, 16, 2, 2, output_dim=8, **classes))
-    TOWERS["eos"] = shaken(open_clip.CustomTextCLIP(8, VISION, with_eos)).text
+    TOWERS["eos"] = shaken(open_clip.CustomTextCLIP(8, VISION, with_eos).text)
 
 
 def reference(tower: nn.Module) -> TextHalf:
