@@ -240,5 +240,6 @@ def _mix(weights: Tensor, bases: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """No autocast on the tensor's device, where there is some."""
     device = tensor.device.type
-    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # not traceable in old versions
+    active = known and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if active else nullcontext()

@@ -153,7 +153,9 @@ def text_model(model: Any) -> Any:
 def token_embedding(model: Any) -> Any:
     """The module that embeds the token ids of a transformers model (of its text half)."""
     half = text_model(model.text_model if hasattr(model, "get_text_features") else model)
-    return half.get_input_embeddings()
+    if hasattr(half, "get_input_embeddings"):
+        return half.get_input_embeddings()
+    return half.embeddings.token_embedding  # the inner text models of transformers 4
 
 
 def _context_length(model: Any) -> int:

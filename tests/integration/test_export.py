@@ -97,6 +97,13 @@ def test_onnx_keeps_the_meaning_at_every_opset(opset: int | None, in_features: i
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
 
 
+def norm_sums_in_float32() -> bool:
+    """Old versions of torch square half precision in half precision, where small numbers vanish."""
+    tiny = torch.full((1, 4), 1e-4, dtype=torch.float16)
+    return bool((torch.nn.RMSNorm(4, eps=1e-12).half()(tiny) - 1).abs().max() < 0.1)
+
+
+@pytest.mark.skipif(not norm_sums_in_float32(), reason="this torch's RMSNorm is not exact in half precision")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_in_half_precision(kind: str, clip: Any) -> None:
     head = heads(clip)[kind].eval()

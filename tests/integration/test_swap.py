@@ -215,8 +215,7 @@ def test_a_model_on_the_meta_device_leaves_the_head_its_weights(clip: Any) -> No
 
 
 def test_a_peft_model_whose_adapter_would_not_hold_the_head(clip: Any) -> None:
-    import peft
-
+    peft: Any = pytest.importorskip("peft")
     base = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
     model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(

@@ -83,6 +83,7 @@ def test_soft_labels_are_distributions_of_dlordinal(kind: str) -> None:
 
 
 def test_soft_labels_of_mistakes() -> None:
+    pytest.importorskip("dlordinal")
     with pytest.raises(ValueError, match="`kind` to be one of"):
         op.soft_labels([0], 5, "normal")
     with pytest.raises(ValueError, match="rank indices in 0…4"):
