@@ -6,6 +6,7 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -175,7 +176,8 @@ class OrdinalPromptHead(Pretrained):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (..., K) of features (..., in_features), at least float32, also under autocast.
 
-        Raises ValueError for features of another width, TypeError for those that are not floating point.
+        Raises ValueError for features of another width, TypeError for those that are not floating point.  Gradients
+        that are asked of a head in eval mode give a warning, since its prompts do not learn there.
         """
         check_features(features, self.in_features, self.projection is not None)
         prototypes = self.prototypes()
@@ -184,7 +186,10 @@ class OrdinalPromptHead(Pretrained):
             features = project(self.projection, features)
         with full_precision(features):
             weight, bias = self._linear_map(prototypes)
-            return match(features.to(dtype), weight.to(dtype), bias, self.normalize)
+            logits = match(features.to(dtype), weight.to(dtype), bias, self.normalize)
+        if not self.training and logits.requires_grad and not traced() and self._learns():
+            logits.register_hook(_warn_of_eval_mode)
+        return logits
 
     def predict_proba(self, features: Tensor) -> Tensor:
         """Probabilities of the ranks, (..., K)."""
@@ -252,3 +257,12 @@ class OrdinalPromptHead(Pretrained):
             weight, bias = self._linear_map(prototypes)
         check_finite(**tensors, prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
         return weight, bias
+
+
+def _warn_of_eval_mode(_: Tensor) -> None:
+    warnings.warn(
+        "Gradients were asked of a prompt head in eval mode, where its prototypes are constants and its prompts do not "
+        "learn. To train, call head.train() (a backbone may stay in eval mode); to keep the prompts as they are, build "
+        "the head with learn_prompts=False.",
+        stacklevel=2,
+    )

@@ -44,6 +44,19 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def count_text_passes(head: op.OrdinalPromptHead) -> list[int]:
+    """A list that grows by one whenever the head encodes its prompts."""
+    passes: list[int] = []
+    encode = head.text_encoder.encode
+
+    def counted(prompts: Any) -> Any:
+        passes.append(1)
+        return encode(prompts)
+
+    head.text_encoder.encode = counted
+    return passes
+
+
 @pytest.fixture(autouse=True)
 def _independent() -> Iterator[None]:
     """Each test starts from the same random numbers, and leaves no compiled code for the next."""

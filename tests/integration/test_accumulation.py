@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_clip
+from conftest import count_text_passes, tiny_clip
 from torch import Tensor, nn
 
 import ordinal_prompt as op
@@ -24,15 +24,7 @@ def build(**options: Any) -> tuple[nn.Module, op.OrdinalPromptHead, list[int]]:
     """A model, its head, and a list that grows by one with each text pass."""
     torch.manual_seed(0)
     head = op.OrdinalPromptHead(tiny_clip(), 5, context=4, learn_logit_scale=True, in_features=16, **options)
-    passes: list[int] = []
-    encode = head.text_encoder.encode
-
-    def counted(prompts: Any) -> Tensor:
-        passes.append(1)
-        return encode(prompts)
-
-    head.text_encoder.encode = counted
-    return nn.Sequential(nn.Linear(8, 16), head), head, passes
+    return nn.Sequential(nn.Linear(8, 16), head), head, count_text_passes(head)
 
 
 def accumulate(model: nn.Module, head: op.OrdinalPromptHead) -> None:

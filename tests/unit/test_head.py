@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 from unittest.mock import patch
 
@@ -272,3 +273,18 @@ def test_a_head_learns() -> None:
         optimizer.step()
     assert loss(head(features), labels).item() < 0.6 * first
     assert (head.eval().predict(features) - labels).abs().mean() < 0.6
+
+
+def test_training_in_eval_mode_is_told(head: op.OrdinalPromptHead, clip: Any) -> None:
+    features = torch.randn(3, 12, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"eval mode.*its prompts do not learn.*call head.train\(\)"):
+        head.eval()(features).sum().backward()
+    assert head.prompt.rank_embeddings.grad is None
+    frozen = op.OrdinalPromptHead(clip, 5, learn_prompts=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head.train()(features).sum().backward()
+        frozen.eval()(features).sum().backward()
+        head.eval()(features)
+        with torch.no_grad():
+            head(features)

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_clip
+from conftest import count_text_passes, tiny_clip
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -306,14 +306,7 @@ def _process(rank: int, folder: str) -> None:
     learned = op.OrdinalPromptHead(tiny_clip(), 5, context=4)
     labels = torch.tensor([[0, 3], [4, 1]])[rank]
     features = torch.randn(2, 2, 12)[rank]
-    text_passes: list[int] = []
-    encode = frozen.text_encoder.encode
-
-    def counted(prompts: Any) -> Tensor:
-        text_passes.append(1)
-        return encode(prompts)
-
-    frozen.text_encoder.encode = counted
+    text_passes = count_text_passes(frozen)
     for head in (frozen, learned):
         run = nn.parallel.DistributedDataParallel(head)
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
