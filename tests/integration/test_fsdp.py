@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "frozen prompts": {"learn_prompts": False},
     "trained text encoder": {"freeze_text_encoder": False},
     "no context": {"context": 0},
+    "sharded text encoder": {"context": 5},
 }
 
 
@@ -39,10 +40,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, features: Tensor, l
     optimizer.zero_grad()
 
 
-def _same_as_one_process(rank: int, folder: str, kind: str, shard: Callable[[nn.Module], None]) -> None:
+def _same_as_one_process(rank: int, folder: str, kind: str, shard: Callable[[nn.Module, str], None]) -> None:
     one, two = build(KINDS[kind]), build(KINDS[kind])
     two.eval()(FEATURES)  # a head that has been used before
-    shard(two)
+    shard(two, kind)
     first, second = (torch.optim.SGD(model.parameters(), lr=0.05) for model in (one, two))
     for _ in range(3):
         step(one.train(), first, FEATURES, LABELS)
@@ -58,13 +59,13 @@ def _same_as_one_process(rank: int, folder: str, kind: str, shard: Callable[[nn.
     torch.testing.assert_close(loaded(inner), logits, atol=1e-4, rtol=0)
 
 
-def _loads_new_weights(kind: str, shard: Callable[[nn.Module], None]) -> None:
+def _loads_new_weights(kind: str, shard: Callable[[nn.Module, str], None]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     two, other = build(KINDS[kind]).eval(), build(KINDS[kind]).eval()
     with torch.no_grad():
         other[1].prompt.rank_embeddings.mul_(3)
-    shard(two)
+    shard(two, kind)
     with torch.no_grad():
         two(FEATURES)
     two.reshard()
@@ -74,13 +75,17 @@ def _loads_new_weights(kind: str, shard: Callable[[nn.Module], None]) -> None:
 
 
 def _process(rank: int, folder: str, whole_model: bool) -> None:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 
-    def shard(model: nn.Module) -> None:
+    def shard(model: nn.Module, kind: str) -> None:
+        if kind == "sharded text encoder":
+            fully_shard(model[1].text_encoder, mesh=mesh)
+            register_fsdp_forward_method(model[1].text_encoder, "encode")
+            assert all(part.to_local().numel() < part.numel() for part in model[1].text_encoder.parameters())
         if not whole_model:
             fully_shard(model[1], mesh=mesh)
         fully_shard(model, mesh=mesh)
