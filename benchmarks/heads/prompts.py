@@ -1,4 +1,4 @@
-"""Ours, fitted: `op.fit_head`, and what the parts of its prompts add to it."""
+"""Ours, fitted: `op.fit_head`, what the parts of its prompts add to it, and another prior."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import ordinal_prompt as op
 STEPS, RATE = 60, 0.01  # of learned prompts, which the recipe gives a twentieth of the rate
 
 
-def fitted(task: Task, named: bool = True, learned: bool = False, **changes: Any) -> Estimator:
+def fitted(
+    task: Task, named: bool = True, learned: bool = False, prior: str | None = None, **changes: Any
+) -> Estimator:
     """`op.fit_head` around the prototypes of the names; outside the text encoder's space, around zero.
 
     Args:
         named: False calls the ranks by their numbers.
+        prior: that of the place where the head is used, by `op.adapt_prior`: `"em"` estimates it from the features that
+            are to be predicted, `"known"` is that of the whole training part.
         learned: train the prompts and everything else from the fit on, with `op.regularization`.
         changes: options of the head in place of the recipe's.
     """
@@ -40,7 +44,17 @@ def fitted(task: Task, named: bool = True, learned: bool = False, **changes: Any
         if learned:
             learn(head, x, y)
         head.eval().requires_grad_(False)
-        return head.predict_proba
+        if prior is None:
+            return head.predict_proba
+        counts = y.bincount(minlength=task.num_ranks) + 0.5
+        known = task.labels["train"].bincount(minlength=task.num_ranks) + 0.5 if prior == "known" else None
+
+        def predict(z: Tensor) -> Tensor:
+            logits = head(z)
+            adapted: Tensor = op.adapt_prior(logits, counts, known)(logits)
+            return adapted.softmax(dim=1)
+
+        return predict
 
     return Estimator(fit)
 
@@ -63,4 +77,6 @@ PROMPT_HEADS: dict[str, Build] = {
     "ours-fitted-two-bases": partial(fitted, num_base_ranks=2),
     "ours-fitted-names": partial(fitted, interpolation=None),  # each name where the text encoder puts it
     "ours-fitted-numbers": partial(fitted, named=False),
+    "ours-fitted-em": partial(fitted, prior="em"),
+    "ours-fitted-known": partial(fitted, prior="known"),
 }
