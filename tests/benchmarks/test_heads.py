@@ -67,6 +67,7 @@ def compare(tmp_path: Path, features: Path, clip: Any, tokenizer: Any, monkeypat
     return run
 
 
+@pytest.mark.slow
 def test_every_head_runs_in_every_setting(compare: Any, capsys: pytest.CaptureFixture[str]) -> None:
     runs = compare("--rank-names", *NAMES, "--context", "the food is", "--shots", "1", "--seeds", "0")
     settings = {*runs["setting"]}

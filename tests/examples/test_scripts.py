@@ -54,6 +54,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_images(photos: Path, tmp_path: Path) -> None:
     output = run("finetune_images.py", "--data", photos, *IMAGES, "--epochs", 1, "--output", "out", cwd=tmp_path)
     assert "36 images in 3 ranks" in output
@@ -65,6 +66,7 @@ def test_images(photos: Path, tmp_path: Path) -> None:
         assert not any("prompt" in name for name in torch.load(tmp_path / "out" / f"{kind}-model.pt"))
 
 
+@pytest.mark.slow
 def test_texts(reviews: Path, tmp_path: Path) -> None:
     options = ("--data", reviews, "--epochs", 1, "--lr", 1e-3, "--frozen", "--shots", 4, "--output", "out")
     output = run("finetune_text.py", *options, cwd=tmp_path)

@@ -256,6 +256,7 @@ def test_a_compiled_head_sees_changes_without_compiling_again(backend: str, froz
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_training_reaches_the_prompts(head: op.OrdinalPromptHead) -> None:
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     for _ in range(2):
