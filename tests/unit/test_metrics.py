@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 import sklearn.metrics as scikit
 import torch
-from dlordinal import metrics as dlordinal
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 import ordinal_prompt as op
 from ordinal_prompt import metrics
+
+dlordinal: Any = pytest.importorskip("dlordinal.metrics")
+binary_calibration_error: Any = pytest.importorskip("torchmetrics.functional.classification").binary_calibration_error
 
 
 def samples(number: int = 200, ranks: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
