@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -71,13 +72,25 @@ def model_card(
         without="" if source and source["pretrained"] else ", text_encoder=False",
         width=width,
         num_ranks=len(names),
-        ranks="\n".join(f"| {i} | {name} | {value:g} |" for i, name, value in ranks),
+        ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),
         encoder=encoder,
-        context=f"`{given}`" if isinstance(config.context, str) else given,
-        settings=", ".join(f"`{name}={value!r}`" for name, value in changed.items()) or "none",
+        context=_code(given) if isinstance(config.context, str) else given,
+        settings=", ".join(_code(f"{name}={value!r}") for name, value in changed.items()) or "none",
         training=told["training"] or "Nothing was written down.",
         limits=told["limits"] or LIMITS,
     )
+
+
+def _cell(text: str) -> str:
+    """Any text on one line of a table, as it is: neither its bars nor its marks mean anything there."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Any text as code on one line, between more backticks than it holds in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
 
 
 def push(head: Any, repo: str, card: str, options: dict[str, Any]) -> Any:

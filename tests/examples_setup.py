@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -26,3 +29,12 @@ def run(script: str, *options: Any, cwd: Path, code: int = 0, processes: int = 1
     output, errors = process.communicate(timeout=600)
     assert process.returncode == code, output[-2000:] + errors[-4000:]
     return errors if code else output
+
+
+def call(monkeypatch: pytest.MonkeyPatch, script: str, *options: Any, cwd: Path) -> None:
+    """Runs a script in this process."""
+    from runs import in_one_sentence
+
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    monkeypatch.chdir(cwd)
+    in_one_sentence(importlib.import_module(script.removesuffix(".py")).main)

@@ -1,8 +1,12 @@
-"""The scripts, started as a user would: small data, mistakes, several processes, and a run that was killed."""
+"""The scripts, on small data: what they leave, mistakes, several processes, and a run that was killed.
+
+Tests of the default run call `main()`, which spares what a fresh Python imports; slow ones start scripts as a user would.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -14,7 +18,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from examples_setup import run, start
+from examples_setup import call, run, start
 from PIL import Image
 
 pytest.importorskip("lightning")
@@ -74,7 +78,9 @@ def test_texts(reviews: Path, tmp_path: Path) -> None:
     assert {*json.loads((tmp_path / "out" / "metrics.json").read_text())} == {"linear", "prompt"}
 
 
-def test_cached_features(photos: Path, tmp_path: Path) -> None:
+def test_cached_features(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     folder = tmp_path / "model"
     folder.mkdir()
@@ -85,7 +91,8 @@ def test_cached_features(photos: Path, tmp_path: Path) -> None:
     assert open_clip.create_model(f"local-dir:{folder}") is not None
     options = ("--data", photos, "--clip", f"local-dir:{folder}", "--context", "brightness {}", "--output", "out")
     for _ in range(2):  # the second time from the cache
-        assert "exported" in run("clip_features.py", *options, cwd=tmp_path)
+        call(monkeypatch, "clip_features.py", *options, cwd=tmp_path)
+        assert "exported" in capsys.readouterr().out
     assert len([*(tmp_path / "out").glob("features-*.pt")]) == 1
 
 
@@ -105,15 +112,25 @@ def test_cached_features(photos: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_end_with_one_sentence(script: str, options: list[str], match: str, tmp_path: Path) -> None:
+def test_mistakes_end_with_one_sentence(
+    script: str, options: list[str], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "words.csv").write_text("text,label\na,good\nb,bad\n")
     (tmp_path / "few.csv").write_text("text,label\n" + "".join(f"{i},{i % 2}\n" for i in range(40)))
     for i in range(40):
         path = tmp_path / "images" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), i).save(path)
-    errors = run(script, *options, cwd=tmp_path, code=1)
-    assert match in errors
+    with pytest.raises(SystemExit, match=re.escape(match)):
+        call(monkeypatch, script, *options, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["clip_features.py", "finetune_images.py", "finetune_text.py"])
+def test_a_mistake_ends_the_process(script: str, tmp_path: Path) -> None:
+    errors = run(script, "--data", "nowhere.csv", cwd=tmp_path, code=1)
+    assert errors.startswith(f"{script}: ")
+    assert "nowhere.csv" in errors
     assert "Traceback" not in errors
 
 

@@ -98,6 +98,15 @@ def test_the_card_says_what_the_head_is(hub: Hub, clip: Any, tokenizer: Any) -> 
         assert told in card.text, told
 
 
+def test_no_name_breaks_the_table_of_the_card(hub: Hub, clip: Any, tokenizer: Any) -> None:
+    names = ["a|b", "*loud*\n`code`", "<10"]
+    op.OrdinalPromptHead(clip, names, tokenizer=tokenizer, context="`a` {} here").push_to_hub("user/odd")
+    card = ModelCard.load(hub.root / "user/odd/README.md").text
+    rows = ("| 0 | a\\|b | 0 |", r"| 1 | \*loud\* \`code\` | 1 |", r"| 2 | \<10 | 2 |")
+    for told in (*rows, "Context: `` `a` {} here ``"):
+        assert told in card, told
+
+
 def test_the_card_names_the_text_encoder(hub: Hub, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", lambda *_, **__: (clip, None))
     head = op.OrdinalPromptHead.from_open_clip("ViT-B-32", "laion2b_s34b_b79k", ranks=5, context=3)

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
+    plt.close("all")  # what a test before these drew
     yield
     plt.close("all")
 
