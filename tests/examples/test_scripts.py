@@ -1,6 +1,6 @@
 """The scripts, on small data: what they leave, mistakes, several processes, and a run that was killed.
 
-Tests of the default run call `main()`, which spares what a fresh Python imports; slow ones start scripts as a user would.
+Tests of the default run call `main()`, which spares the imports of a fresh Python; slow ones start scripts as users do.
 """
 
 from __future__ import annotations

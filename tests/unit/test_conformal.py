@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import Tensor
 
 import ordinal_prompt as op
@@ -64,6 +65,52 @@ def test_the_coverage_is_within_the_binomial_band(score: str, ranks: int, number
     if kind == "distinct":
         assert narrow > 0
         assert sum(covered) / SPLITS <= most
+
+
+class Given(ClassifierMixin, BaseEstimator):
+    """Takes its features for the probabilities of its classes."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes_ = np.arange(classes)
+
+    def predict_proba(self, features: Any) -> Any:
+        return features
+
+    def predict(self, features: Any) -> Any:
+        return features.argmax(1)
+
+
+def sets_of_mapie(held_out: Any, labels: Any, test: Any, coverage: float) -> Any:
+    """(M, K) which ranks are in the set, by MAPIE's quantile of one minus a probability.
+
+    Scores (…, K) of the ranks are laid into probabilities, with a class behind the ranks for the mass that is left.
+    """
+    mapie = pytest.importorskip("mapie.classification")
+    given = [(1 - scores.numpy() / scores.shape[1]) / scores.shape[1] for scores in (held_out, test)]
+    given = [np.concatenate([part, 1 - part.sum(1, keepdims=True)], axis=1) for part in given]
+    sets = mapie.SplitConformalClassifier(Given(given[0].shape[1]), confidence_level=coverage, conformity_score="lac")
+    return sets.conformalize(given[0], labels.numpy()).predict_set(given[1])[1][:, :-1, 0]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.95])
+@pytest.mark.filterwarnings("ignore:WARNING. your conformalization dataset has less labels")
+def test_sets_are_those_of_mapie(score: str, by_rank: bool, coverage: float) -> None:
+    logits, labels = samples(600, 5, 0)
+    held_out, test = (rank_scores(part.double(), score) for part in (logits[:400], logits[400:]))
+    expected = sets_of_mapie(held_out, labels[:400], test, coverage)
+    for rank in range(5) if by_rank else []:
+        own = labels[:400] == rank
+        expected[:, rank] = sets_of_mapie(held_out[own], labels[:400][own], test, coverage)[:, rank]
+    first, last = op.ConformalRanks(coverage, score, by_rank).fit(logits[:400], labels[:400]).predict(logits[400:])
+    ranks = torch.arange(5)
+    inside = (first[:, None] <= ranks) & (ranks <= last[:, None])
+    filled = expected.any(1)
+    assert filled.mean() > 0.5  # MAPIE leaves sets empty, and where thresholds differ by rank, with gaps
+    hull = np.logical_or.accumulate(expected, 1) & np.logical_or.accumulate(expected[:, ::-1], 1)[:, ::-1]
+    np.testing.assert_array_equal(inside[filled], hull[filled])
+    assert bool((inside[~filled].sum(1) == 1).all())
 
 
 def classes(number: int, noise: Tensor, prior: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
