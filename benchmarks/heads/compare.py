@@ -81,7 +81,7 @@ def load_task(args: argparse.Namespace) -> Task:
     if args.clip:
         args.text_encoder = ":".join(filter(None, ("open_clip", args.clip, args.pretrained)))
     needed = {
-        **{name: ["folder"] for name in ("sst5", "complexity", "images", "coffee")},
+        **{name: ["folder"] for name in DATA_SETS if name.startswith(("sst5", "complexity", "images", "coffee"))},
         "texts": ["folder", "rank_names", "context"],
         "features": ["features"],
     }

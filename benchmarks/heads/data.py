@@ -11,6 +11,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,16 +33,9 @@ ADJECTIVE_SCALES: dict[str, tuple[dict[int, str], int, str]] = {
     "polarity": ({value: FEELINGS[value] for value in range(-3, 4)}, 3, "the feeling of this description is"),
 }
 ADJECTIVE_SEED = 0
-COMPLEXITY = [
-    "trivial",
-    "very easy",
-    "easy",
-    "rather easy",
-    "neither easy nor hard",
-    "rather hard",
-    "hard",
-    "very hard",
-]
+_EASE = "trivial, very easy, easy, rather easy, neither easy nor hard, rather hard, hard, very hard"
+COMPLEXITY = _EASE.split(", ")
+SOURCES = ("bible", "biomed", "europarl")  # of the sentences whose words are more or less complex
 SST5_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
 
 Pairs = Mapping[str, Sequence[tuple[str, int]]]  # texts and rank indices of each part
@@ -103,14 +97,21 @@ def read_texts(folder: str | Path, rank_names: Sequence[str]) -> Pairs:
     return pairs
 
 
-def complexity(folder: str | Path) -> Pairs:
+def complexity(folder: str | Path, source: str | None = None) -> Pairs:
     """Words in sentences and how complex they are (CompLex, SemEval 2021): train.tsv, trial.tsv and test.tsv.
 
-    Ranks are bins of 0.1 of the mean rating, the last one open.
+    Ranks are bins of 0.1 of the mean rating, the last one open.  All sentences of a `source`, one of `SOURCES`, are the
+    test part, and those of the other two the rest.
     """
+    files = {part: Path(folder) / f"{name}.tsv" for part, name in zip(PARTS, ("train", "trial", "test"), strict=True)}
+    tables = {part: pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False) for part, path in files.items()}
+    if source:
+        tables = {part: table.rename(columns={"subcorpus": "corpus"}) for part, table in tables.items()}
+        whole = pd.concat(tables.values())
+        tables = {part: table[table["corpus"] != source] for part, table in tables.items()}
+        tables["test"] = whole[whole["corpus"] == source]
     pairs = {}
-    for part, name in zip(PARTS, ("train.tsv", "trial.tsv", "test.tsv"), strict=True):
-        table = pd.read_csv(Path(folder) / name, sep="\t", quoting=3, keep_default_na=False)
+    for part, table in tables.items():
         ranks = np.minimum(np.floor(table["complexity"].to_numpy() * 10 + 1e-9), len(COMPLEXITY) - 1).astype(int)
         pairs[part] = list(zip(table["token"] + ": " + table["sentence"], ranks.tolist(), strict=True))
     return pairs
@@ -127,6 +128,13 @@ def text_task(name: str, pairs: Pairs, names: Mapping[int, str], context: str) -
         tuple(names.values()),
         context,
     )
+
+
+def complexity_task(source: str | None, given: Namespace) -> Task:
+    """Complexity of words, in a random split or in a source that training has not seen."""
+    name = f"complexity-{source}" if source else "complexity"
+    pairs = complexity(given.folder, source)
+    return text_task(name, pairs, dict(enumerate(COMPLEXITY)), "this word in its sentence is")
 
 
 def adjective_task(scale: str) -> Task:
@@ -173,9 +181,8 @@ DATA_SETS: dict[str, Callable[[Namespace], Task]] = {
     "subjectivity": lambda _: adjective_task("subjectivity"),
     "polarity": lambda _: adjective_task("polarity"),
     "sst5": lambda given: file_task("sst5", given.folder, SST5_NAMES, "a movie review that sounds"),
-    "complexity": lambda given: text_task(
-        "complexity", complexity(given.folder), dict(enumerate(COMPLEXITY)), "this word in its sentence is"
-    ),
+    "complexity": partial(complexity_task, None),
+    **{f"complexity-{source}": partial(complexity_task, source) for source in SOURCES},
     "images": lambda given: image_task(
         "images", *folder_of_images(given.folder, given.rank_names), given.context or "", given.clip, given.pretrained
     ),

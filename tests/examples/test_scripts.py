@@ -163,18 +163,21 @@ def test_quickstart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resuming_takes_the_last_whole_checkpoint_of_the_same_data(reviews: Path, tmp_path: Path) -> None:
+def test_resuming_takes_the_last_whole_checkpoint_of_the_same_data(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("--data", reviews, "--head", "linear", "--lr", 1e-3, "--epochs", 1, "--shots", 4, "--output", "out")
-    run("finetune_text.py", *options, "--frozen", cwd=tmp_path)
+    call(monkeypatch, "finetune_text.py", *options, "--frozen", cwd=tmp_path)
     found = (tmp_path / "out" / "metrics.json").read_text()
     (whole,) = (tmp_path / "out" / "linear-lr0.001").glob("checkpoint-*")
     unfinished = whole.with_name("checkpoint-999")  # as a run leaves it that is killed while it writes
     shutil.copytree(whole, unfinished, ignore=shutil.ignore_patterns("trainer_state.json"))
-    errors = run("finetune_text.py", *options, "--frozen", "--resume", "--seed", 1, cwd=tmp_path, code=1)
-    assert "was begun with other data, or another --seed" in errors
-    assert "out holds a run; pass --resume" in run("finetune_text.py", *options, "--frozen", cwd=tmp_path, code=1)
+    with pytest.raises(SystemExit, match="was begun with other data, or another --seed"):
+        call(monkeypatch, "finetune_text.py", *options, "--frozen", "--resume", "--seed", 1, cwd=tmp_path)
+    with pytest.raises(SystemExit, match="out holds a run; pass --resume"):
+        call(monkeypatch, "finetune_text.py", *options, "--frozen", cwd=tmp_path)
     (tmp_path / "out" / "metrics.json").unlink()
-    run("finetune_text.py", *options, "--frozen", "--resume", cwd=tmp_path)
+    call(monkeypatch, "finetune_text.py", *options, "--frozen", "--resume", cwd=tmp_path)
     assert (tmp_path / "out" / "metrics.json").read_text() == found
 
 

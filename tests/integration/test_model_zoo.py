@@ -59,6 +59,14 @@ def smallest(module: str) -> str | None:
     return min(sizes, key=sizes.__getitem__) if sizes else None
 
 
+def shallow(name: str) -> tuple[Any, dict[str, int]]:
+    """A timm model, with two blocks where that is an option of it, and that option."""
+    try:
+        return timm.create_model(name, depth=2), {"depth": 2}
+    except (TypeError, RuntimeError):  # no such option
+        return timm.create_model(name), {}
+
+
 def logits_of(output: Any) -> torch.Tensor:
     output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     assert output.shape == (2, K)
@@ -94,7 +102,7 @@ def test_timm(module: str, tmp_path: Path) -> None:
     name = smallest(module)
     if name is None:
         pytest.skip("holds no models")
-    model = timm.create_model(name)
+    model, options = shallow(name)
     inputs = {"x": torch.randn(2, *model.pretrained_cfg["input_size"])}
     for size in (model.pretrained_cfg.get("min_input_size"), (3, 128, 128)):
         try:
@@ -112,9 +120,9 @@ def test_timm(module: str, tmp_path: Path) -> None:
         return
     model, expected = swapped(model, inputs)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    assert_same(op.load_exported(timm.create_model(name), tmp_path / "model.pt"), inputs, expected)
+    assert_same(op.load_exported(timm.create_model(name, **options), tmp_path / "model.pt"), inputs, expected)
     with pytest.raises(RuntimeError):
-        timm.create_model(name, num_classes=K, checkpoint_path=str(tmp_path / "model.pt"))
+        timm.create_model(name, num_classes=K, checkpoint_path=str(tmp_path / "model.pt"), **options)
 
 
 def test_timm_exceptions_are_few() -> None:
