@@ -41,7 +41,7 @@ class Checkpoint:
         text_encoder: of the head, or None for its prototypes alone.
         tensors: the state dict of the head.
         prototypes: (K, D) as they were when the head was saved.
-        source: the names that open_clip built the text encoder of, if it did.
+        source: the names by which the text encoder can be loaded again, if it has some; see `text.hub`.
     """
 
     folder: Path
@@ -76,7 +76,8 @@ class Checkpoint:
         if not torch.allclose(prototypes, self.prototypes, atol=tolerance):
             raise ValueError(
                 f"The head in {self.folder} gives other prototypes with this text encoder than when it was saved; pass "
-                "the text encoder that it was trained with, with the same weights."
+                "the text encoder that it was trained with, with the same weights, or text_encoder=False, which loads "
+                "the prototypes alone."
             )
 
 
@@ -124,8 +125,8 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
     written, tensors = _read(folder)
     config = HeadConfig(**written["head"])
     special, prototypes, source = tensors.pop("special"), tensors.pop("prototypes"), written["source"]
-    if text_encoder is None and source and source.get("pretrained"):
-        text_encoder = _load_source(source)
+    if text_encoder is None and hub.is_known(source):
+        text_encoder = hub.load_source(source)
     encoder: Any = None
     if text_encoder is not None and text_encoder is not False:
         encoder = adapt(text_encoder, trainable=not config.freeze_text_encoder).encoder
@@ -145,22 +146,9 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
 
 
 def shared_text_encoder(folders: Sequence[Path]) -> Any:
-    """The text encoder that open_clip built the heads in all folders on, loaded once; None where it did not."""
+    """The text encoder that the heads in all folders name, loaded once; None where they name none, or several."""
     first, *others = [_read(folder)[0]["source"] for folder in folders]
-    if not first or not first.get("pretrained") or any(source != first for source in others):
-        return None
-    return _load_source(first)
-
-
-def _load_source(source: Mapping[str, Any]) -> Any:
-    """The model that a head was built on, of open_clip."""
-    try:
-        return hub.load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)[0]
-    except (ConnectionError, ValueError) as error:
-        raise type(error)(
-            f"{error} Or load the prototypes alone, which predict and export, with "
-            "from_pretrained(folder, text_encoder=False)."
-        ) from error
+    return hub.load_source(first) if hub.is_known(first) and all(source == first for source in others) else None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

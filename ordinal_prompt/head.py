@@ -127,6 +127,7 @@ class OrdinalPromptHead(Pretrained):
         if log_scale is None and source.log_scale is not None:
             log_scale = source.log_scale + math.log(config.confidence)
         self._assemble(config, prompt, source.encoder, source.encoder.embed_dim, log_scale)
+        self._source = hub.source_of(text_encoder)
         if log_scale is None:
             with torch.no_grad():
                 self.logit_scale.copy_(log_scale_of_spread(self.kept_prototypes(), config.confidence * LOGIT_SPREAD))

@@ -19,7 +19,7 @@ Head = TypeVar("Head", bound="Pretrained")
 class Pretrained(RankPrototypes):
     """Saves and loads the config (JSON) and what was learned (safetensors) of a head."""
 
-    _source: dict[str, Any] | None = None  # the names by which open_clip builds the text encoder
+    _source: dict[str, Any] | None = None  # the names by which the text encoder can be loaded again; see `text.hub`
 
     def _assemble(
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
@@ -74,9 +74,9 @@ class Pretrained(RankPrototypes):
         Args:
             folder: a folder; or "user/name", a repository of the Hugging Face hub.
             text_encoder: the one that the head was trained with; if it was saved as trainable, it takes on the weights
-                that were saved.  Without it, open_clip loads the model that `from_open_clip` named.  A head on any
-                other text encoder, or with `text_encoder=False`, comes back with its prototypes alone (`text_encoder`
-                is None): it predicts and exports, but its prompts learn no more.
+                that were saved.  Without it, open_clip loads the model that `from_open_clip` named, and transformers
+                one that came from a hub.  A head on any other text encoder, or with `text_encoder=False`, comes back with
+                its prototypes alone (`text_encoder` is None): it predicts and exports, but its prompts learn no more.
             revision: a branch, tag or commit of the repository.
             token: for private repositories; default the one that huggingface_hub has stored.
             cache_dir: where downloads go; default that of huggingface_hub.
@@ -84,7 +84,7 @@ class Pretrained(RankPrototypes):
         Raises:
             FileNotFoundError: no such folder or repository, or files missing in it.
             ConnectionError: a hub that cannot be reached.
-            ValueError: damaged files; a text encoder of another width, or with other weights.
+            ValueError: damaged files; a text encoder that is not there, or of another width, or with other weights.
         """
         saved = checkpoint.load(sharing.local_folder(folder, revision, token, cache_dir), text_encoder)
         head = cls.__new__(cls)

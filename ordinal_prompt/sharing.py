@@ -12,7 +12,7 @@ from typing import Any
 
 from ordinal_prompt.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from ordinal_prompt.config import HeadConfig
-from ordinal_prompt.text.hub import is_offline
+from ordinal_prompt.text.hub import described, is_known, is_offline
 
 LIMITS = (
     "The head knows no other ranks than these, takes features of the network that it was trained on and no others, and "
@@ -60,16 +60,14 @@ def model_card(
     config: HeadConfig, names: tuple[str, ...], width: int, source: dict[str, Any] | None, repo: str, **told: str
 ) -> str:
     """The README of a repository, in Markdown; `told` are `encoder`, `training` and `limits`."""
-    encoder = told["encoder"]
-    if source:
-        encoder = f"`{source['model_name']}` of open_clip, weights `{source['pretrained']}`"
+    encoder = described(source) if source else told["encoder"]
     ranks = zip(range(len(names)), names, config.values, strict=True)
     changed = {name: value for name, value in config.changed().items() if name not in ("ranks", "context")}
     given = config.context if isinstance(config.context, str) else f"{config.context} tokens, started at random"
     return CARD.format(
         title=repo.rpartition("/")[2],
         repo=repo,
-        without="" if source and source["pretrained"] else ", text_encoder=False",
+        without="" if is_known(source) else ", text_encoder=False",
         width=width,
         num_ranks=len(names),
         ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),

@@ -1,13 +1,21 @@
-"""Text encoders by name: open_clip builds them, and downloads what it has to."""
+"""Text encoders by name: open_clip and transformers build them, and download what they have to.
+
+A `source` is what a saved head keeps of its text encoder: `{"model_name", "pretrained"}` of open_clip, or `{"class",
+"name", "revision", "pooling"}` of transformers.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ordinal_prompt.text.transformers import TransformersTextEncoder
 
 
 def load_open_clip(
@@ -28,6 +36,54 @@ def load_open_clip(
             f"Could not download {model_name!r} (pretrained={pretrained!r}): no hub can be reached. Connect to the "
             "network, or pass pretrained= with the path of a checkpoint on disk."
         ) from error
+
+
+def source_of(text_encoder: Any) -> dict[str, Any] | None:
+    """The source of a text model that transformers loaded from a hub; None of any other, and of one from a folder."""
+    wrapped = isinstance(text_encoder, TransformersTextEncoder)
+    model = text_encoder.model if wrapped else text_encoder
+    config, kind = getattr(model, "config", None), type(model).__name__
+    name = getattr(config, "_name_or_path", None) or ""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
+        return None
+    if getattr(sys.modules.get("transformers"), kind, None) is not type(model):  # code of another's, which may be gone
+        return None
+    revision = getattr(config, "_commit_hash", None)
+    return {"class": kind, "name": name, "revision": revision, "pooling": text_encoder.pooling if wrapped else None}
+
+
+def is_known(source: Mapping[str, Any] | None) -> bool:
+    """Whether a source gives the same weights each time."""
+    return source is not None and bool(source.get("pretrained") or source.get("class"))
+
+
+def load_source(source: Mapping[str, Any]) -> Any:
+    """The text encoder of a source.
+
+    Raises:
+        ConnectionError: weights that cannot be downloaded.
+        ValueError: names that the library does not know.
+    """
+    try:
+        if "class" not in source:
+            return load_open_clip(source["model_name"], source["pretrained"], with_tokenizer=False)[0]
+        import transformers
+
+        kind = getattr(transformers, source["class"])
+        model = kind.from_pretrained(source["name"], revision=source["revision"] or "main")
+        return TransformersTextEncoder(model, source["pooling"])
+    except (AttributeError, OSError, ValueError) as error:
+        raise (ConnectionError if is_offline(error) else ValueError)(
+            f"Could not load the text encoder of the head, {described(source)}: {error} Or load the prototypes alone, "
+            "which predict and export, with from_pretrained(folder, text_encoder=False)."
+        ) from error
+
+
+def described(source: Mapping[str, Any]) -> str:
+    """A source in words, for a model card."""
+    if "class" in source:
+        return f"`{source['name']}` of transformers"
+    return f"`{source['model_name']}` of open_clip, weights `{source['pretrained']}`"
 
 
 def _check_known(model_name: str, pretrained: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, hub_mixin
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -116,6 +117,60 @@ def test_the_card_names_the_text_encoder(hub: Hub, clip: Any, monkeypatch: pytes
         assert told in card, told
     assert 'from_pretrained("user/ages")' in card
     assert op.OrdinalPromptHead.from_pretrained("user/ages").text_encoder is not None
+
+
+def bert(seed: int = 0, name: str = "user/tiny-bert") -> Any:
+    """A model as transformers leaves it that was loaded from a hub."""
+    torch.manual_seed(seed)
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50000, **options)).eval()
+    model.config._name_or_path = name
+    return model
+
+
+def loads(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[Any]:
+    """What transformers is asked to load, in the place of which it gives this model."""
+    asked: list[Any] = []
+    monkeypatch.setattr(transformers.BertModel, "from_pretrained", lambda *given, **_: asked.append(given) or model)
+    return asked
+
+
+def test_a_text_model_that_transformers_loaded_from_a_hub_is_found_again(
+    hub: Hub, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["bad", "fair", "good"]
+    encoder = op.text.TransformersTextEncoder(bert(), pooling="cls")
+    head = op.OrdinalPromptHead(encoder, names, tokenizer=tokenizer).eval()
+    head.push_to_hub("user/reviews")
+    card = ModelCard.load(hub.root / "user/reviews/README.md").text
+    assert "`user/tiny-bert` of transformers" in card
+    assert 'from_pretrained("user/reviews")' in card
+    asked = loads(monkeypatch, bert())
+    again = op.OrdinalPromptHead.from_pretrained("user/reviews").train()
+    assert asked == [("user/tiny-bert",)]
+    again(torch.randn(2, 16)).sum().backward()
+    assert again.prompt.rank_embeddings.grad is not None
+    assert op.OrdinalPromptHead.from_pretrained("user/reviews", text_encoder=False).text_encoder is None
+    loads(monkeypatch, bert(seed=1))
+    with pytest.raises(ValueError, match=r"other prototypes.*text_encoder=False"):
+        op.OrdinalPromptHead.from_pretrained("user/reviews")
+
+
+def test_a_text_model_that_cannot_be_downloaded(tokenizer: Any, tmp_path: Path) -> None:
+    op.OrdinalPromptHead(bert(), ["bad", "good"], tokenizer=tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ConnectionError, match=r"(?s)user/tiny-bert.*of transformers.*text_encoder=False"):
+        op.OrdinalPromptHead.from_pretrained(tmp_path)
+
+
+def test_what_has_no_name_of_a_hub_is_not_looked_for(tokenizer: Any, tmp_path: Path) -> None:
+    class Changed(transformers.BertModel):  # whose code is not that of transformers
+        pass
+
+    own = bert()
+    own.__class__ = Changed
+    for model in (bert(name=""), bert(name=str(tmp_path)), own):
+        op.OrdinalPromptHead(model, ["bad", "good"], tokenizer=tokenizer).save_pretrained(tmp_path / "head")
+        assert op.OrdinalPromptHead.from_pretrained(tmp_path / "head").text_encoder is None
 
 
 @pytest.mark.usefixtures("hub")
