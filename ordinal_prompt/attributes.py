@@ -92,14 +92,17 @@ class OrdinalPromptHeads(nn.Module):
         Raises:
             ValueError, ConnectionError: as `OrdinalPromptHead.from_open_clip`.
         """
-        model, tokenizer = hub.load_open_clip(model_name, pretrained)
-        heads = {}
+        chosen = {}
         for name, given in attributes.items():
             own = dict(given) if isinstance(given, Mapping) else {"ranks": given}
             if "ranks" not in own and "ranks" not in options:
                 raise ValueError(f"Expected `ranks` among the options of {name!r}, but got {', '.join(own) or 'none'}.")
-            heads[name] = OrdinalPromptHead(model, **{"tokenizer": tokenizer, **options, **own})
-            heads[name]._source = {"model_name": model_name, "pretrained": pretrained}
+            chosen[name] = {**options, **own}
+            OrdinalPromptHead.check_options(**chosen[name])  # before a download
+        model, tokenizer = hub.load_open_clip(model_name, pretrained)
+        heads = {name: OrdinalPromptHead(model, **{"tokenizer": tokenizer, **own}) for name, own in chosen.items()}
+        for head in heads.values():
+            head._source = {"model_name": model_name, "pretrained": pretrained}
         return cls(heads)
 
     @property
@@ -109,6 +112,8 @@ class OrdinalPromptHeads(nn.Module):
 
     def __getitem__(self, name: str) -> OrdinalPromptHead:
         """The head of an attribute."""
+        if name not in self.heads:
+            raise KeyError(f"{name!r} is none of the attributes {', '.join(map(repr, self.heads))}")
         return cast("OrdinalPromptHead", self.heads[name])
 
     def __len__(self) -> int:

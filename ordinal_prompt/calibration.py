@@ -99,7 +99,7 @@ def adapt_prior(logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | N
             al., Neural Computation 2002).
 
     Raises:
-        ValueError: frequencies that are negative, or of another number than ranks.
+        ValueError: frequencies that are negative, or of another number than ranks; no logits to estimate them from.
     """
     ranks = logits.shape[-1]
     before = _frequencies(train_prior, "train_prior", ranks)
@@ -107,6 +107,11 @@ def adapt_prior(logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | N
         after = _frequencies(prior, "prior", ranks)
     else:
         z = logits.detach().cpu().double().reshape(-1, ranks)
+        if not len(z) or not bool(z.isfinite().all()):
+            raise ValueError(
+                f"Expected finite `logits` of samples to estimate the prior from, but got {len(z)} samples, or NaN or "
+                "infinity; pass `prior` if it is known."
+            )
         after = before.clone()
         for _ in range(EM_STEPS):
             last = after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -233,7 +234,9 @@ def _context(context: Any, rank_position: str) -> int | str:
         fits = hasattr(context, "__index__") and not isinstance(context, bool)
         _require(fits, f"Expected `context` to be a number of tokens or a text, but got {context!r}.", TypeError)
         return _integer("context", context, least=0)
-    places = context.count("{}")
+    places, fields = context.count("{}"), re.findall(r"{[^{}]+}", context)
+    told = f"Expected `{{}}` in the place of the rank in `context`, but got {', '.join(fields)}: {context!r}."
+    _require(not fields, told)
     told = f"Expected at most one {{}} in `context`, the rank's place, but got {places}: {context!r}."
     _require(places <= 1, told)
     told = f"The {{}} in `context` marks the rank's place already, but rank_position={rank_position!r} was given; "

@@ -89,6 +89,8 @@ def fit_head(
     Raises:
         ValueError: a head without a residual, labels or weights that do not fit, features that are not finite.
     """
+    if not isinstance(head, OrdinalPromptHead):
+        raise TypeError(f"Expected `head` to be an OrdinalPromptHead, but got {type(head).__name__}.")
     if head.residual is None or head.residual_bias is None:
         raise ValueError(
             "Expected a head with a residual, which the fit sets, but this one has none; build it with "
@@ -132,8 +134,12 @@ def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
         num_samples: N, of the whole training set; the penalty fades as 1 / N.
 
     Raises:
-        ValueError: a head without a residual, or with a projection.
+        ValueError: a head without a residual, or with a projection; no samples.
     """
+    if not isinstance(head, OrdinalPromptHead):
+        raise TypeError(f"Expected `head` to be an OrdinalPromptHead, but got {type(head).__name__}.")
+    if num_samples < 1:
+        raise ValueError(f"Expected `num_samples` to be that of the training set, at least 1, but got {num_samples}.")
     if head.residual is None or head.residual_bias is None or head.projection is not None:
         raise ValueError(
             "Expected a head with a residual and without in_features; penalise others by weight decay, or start them "

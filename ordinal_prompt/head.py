@@ -5,6 +5,7 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -156,6 +157,13 @@ class OrdinalPromptHead(Pretrained):
             self.residual_bias = nn.Parameter(torch.zeros(self.num_ranks, **like))
 
     @classmethod
+    def check_options(cls, ranks: int | Sequence[str], **options: Any) -> None:
+        """Raises what the constructor would raise, as far as no text encoder is needed to find it."""
+        given = inspect.signature(cls).bind(None, ranks, **options)
+        given.apply_defaults()
+        HeadConfig.from_arguments(given.arguments)
+
+    @classmethod
     def from_open_clip(
         cls, model_name: str, pretrained: str | None = None, *, ranks: int | Sequence[str], **options: Any
     ) -> OrdinalPromptHead:
@@ -169,6 +177,7 @@ class OrdinalPromptHead(Pretrained):
             ValueError: unknown model or pretrained tag, with near matches.
             ConnectionError: weights or tokenizer that cannot be downloaded.
         """
+        cls.check_options(ranks, **options)  # before a download
         model, tokenizer = hub.load_open_clip(model_name, pretrained)
         head = cls(model, ranks, **{"tokenizer": tokenizer, **options})
         head._source = {"model_name": model_name, "pretrained": pretrained}

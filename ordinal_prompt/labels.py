@@ -55,7 +55,8 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
         raise ValueError(
             f"Expected values of ranks, {known[0]:g} to {known[-1]:g}, but got "
             f"{', '.join(f'{value:g}' for value in found[:MAX_LISTED].tolist())}{more} ({int(misses.sum())} of "
-            f"{given.numel()} labels fit no rank); drop or mend them, or pass nearest=True for the nearest rank."
+            f"{given.numel()} labels fit no rank); drop or mend them"
+            f"{'' if nearest else ', or pass nearest=True for the nearest rank'}."
         )
     return indices
 
@@ -76,6 +77,8 @@ def soft_labels(indices: Any, num_ranks: int, kind: str = "triangular", **option
         ValueError: unknown family, indices outside the ranks.
         ImportError: dlordinal is not installed.
     """
+    if num_ranks < 2:
+        raise ValueError(f"Expected `num_ranks` to be at least 2, but got {num_ranks}.")
     if kind not in SOFT_LABELS:
         raise ValueError(f"Expected `kind` to be one of {SOFT_LABELS}, but got {kind!r}.")
     try:

@@ -39,8 +39,8 @@ def cross_entropy_loss(
     """
     logits = _wide(logits)
     weights = None if rank_weights is None else rank_weights.to(logits)
-    if labels.dim() == 1 and sample_weight is None:
-        return F.cross_entropy(logits, labels.long(), weight=weights, label_smoothing=label_smoothing)
+    if labels.dim() == 1 and sample_weight is None and weights is None:
+        return F.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
     log_probs, shares = F.log_softmax(logits, dim=1), rank_shares(labels, logits)
     weights = torch.ones_like(logits[0]) if weights is None else weights
     of_sample = shares @ weights
@@ -136,8 +136,7 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         The loss is a scalar, in nats.
 
     Raises:
-        ValueError: weights that are negative or not finite, labels out of range or of another shape, rows that are no
-            distributions, an empty batch.
+        ValueError: weights that are negative, not finite or all zero; labels that do not fit; an empty batch.
         TypeError: logits that are not floating point, labels that are not integers.
 
     >>> import torch
@@ -147,8 +146,6 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
     0.0262
     >>> {name: round(term.item(), 4) for name, term in loss.terms(logits, labels).items()}
     {'ce': 0.0134, 'kl': 0.0128}
-    >>> round(loss(logits, torch.eye(3)).item(), 4)
-    0.0262
     """
 
     rank_weights: Tensor | None
@@ -168,17 +165,21 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         for name, weight in (("ce_weight", ce_weight), ("kl_weight", kl_weight)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"Expected `{name}` to be finite and not negative, but got {weight}.")
+        if not ce_weight + kl_weight:
+            raise ValueError("Expected `ce_weight` or `kl_weight` to be above zero, but both are zero.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected `label_smoothing` in [0, 1), but got {label_smoothing}.")
         if rank_weights is not None:
             rank_weights = rank_tensor(rank_weights, "rank_weights").float()
-            if rank_weights.dim() != 1 or not bool((rank_weights.isfinite() & (rank_weights >= 0)).all()):
-                raise ValueError("Expected `rank_weights` to be K finite weights, none negative, for K ranks.")
+            sound = bool((rank_weights.isfinite() & (rank_weights >= 0)).all() & rank_weights.any())
+            if rank_weights.dim() != 1 or not sound:
+                raise ValueError("Expected `rank_weights` to be K finite weights, none negative, not all zero.")
         if rank_values is not None:
             rank_values = rank_tensor(rank_values, "rank_values").float()
             rank_indices(rank_values[:0], rank_values)  # refuses what does not increase
-        self.ce_weight = ce_weight
-        self.kl_weight = kl_weight
+        if ignore_index is not None and (isinstance(ignore_index, bool) or not hasattr(ignore_index, "__float__")):
+            raise TypeError(f"Expected `ignore_index` to be a number, as -100, but got {ignore_index!r}.")
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.register_buffer("rank_weights", rank_weights, persistent=False)
@@ -279,9 +280,11 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
             return "distributions"
         if logits.dim() and labels.shape == (*logits.shape[:-1], 2) and (values or not real) and logits.shape[-1] > 2:
             return "ranges"
+        hints = {logits.shape: "; for one-hot labels pass labels.float()", (*logits.shape[:-1], 1): "; squeeze them"}
         raise ValueError(
             f"Expected one label for each row of logits {tuple(logits.shape)} (or a distribution over its ranks, or the"
-            f" first and the last rank of a range), but got labels of shape {tuple(labels.shape)}, {labels.dtype}."
+            f" first and the last rank of a range), but got labels of shape {tuple(labels.shape)}, {labels.dtype}"
+            f"{hints.get(labels.shape, '')}."
         )
 
     def _check_distributions(self, labels: Tensor) -> None:

@@ -75,8 +75,8 @@ class Pretrained(RankPrototypes):
             folder: a folder; or "user/name", a repository of the Hugging Face hub.
             text_encoder: the one that the head was trained with; if it was saved as trainable, it takes on the weights
                 that were saved.  Without it, open_clip loads the model that `from_open_clip` named, and transformers
-                one that came from a hub.  A head on any other text encoder, or with `text_encoder=False`, comes back with
-                its prototypes alone (`text_encoder` is None): it predicts and exports, but its prompts learn no more.
+                one of a hub.  A head on any other text encoder, or with `text_encoder=False`, comes back with its
+                prototypes alone (`text_encoder` is None): it predicts and exports, but its prompts learn no more.
             revision: a branch, tag or commit of the repository.
             token: for private repositories; default the one that huggingface_hub has stored.
             cache_dir: where downloads go; default that of huggingface_hub.

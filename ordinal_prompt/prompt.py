@@ -93,6 +93,8 @@ class PromptLearner(nn.Module):
         Raises:
             ValueError: words without a tokenizer, prompts that are too long, a tokenizer of another text encoder.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"Expected `dtype` to be a floating point dtype of torch, but got {dtype!r}.")
         has_context = isinstance(config.context, str)
         if tokenizer is None and (has_context or config.base_rank_names or config.rank_names):
             raise ValueError(

@@ -79,9 +79,12 @@ def parameter_groups(
 
     Raises:
         ValueError: no prompt head in the model.
+        TypeError: no model.
 
     Example: `torch.optim.AdamW(op.parameter_groups(model, lr=1e-3))`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")

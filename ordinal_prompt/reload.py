@@ -36,6 +36,8 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
         FileNotFoundError: no such folder or file, or no weights in it.
         ValueError: weights that belong to another architecture, or are not all there; they are listed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
     state = source if isinstance(source, Mapping) else _read(Path(source))
     heads = _exported(state)
     for name in heads:
@@ -61,9 +63,10 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
     missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]  # shared ones are there
     if missing or unexpected:
+        told = [f"{_listed(missing)} missing"] * bool(missing) + [f"{_listed(unexpected)} unknown"] * bool(unexpected)
         raise ValueError(
-            f"The weights do not fit {type(model).__name__}: {_listed(missing)} missing, {_listed(unexpected)} not "
-            "known to it; pass a model of the architecture that was exported."
+            f"The weights do not fit {type(model).__name__}: {'; '.join(told)}. Pass a model of the architecture that "
+            "was exported."
         )
     return model.eval()
 
@@ -146,4 +149,4 @@ def _read_file(file: Path) -> Mapping[str, Tensor]:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "nothing"
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

@@ -97,7 +97,10 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
 
     Raises:
         ValueError: no prompt head in the model; learned tensors that are not finite.
+        TypeError: no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
     several = [module for module in model.modules() if isinstance(module, OrdinalPromptHeads)]
     inside = {id(part) for heads in several for part in heads.modules()}
     alone = [part for part in model.modules() if isinstance(part, OrdinalPromptHead) and id(part) not in inside]

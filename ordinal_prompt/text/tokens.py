@@ -84,7 +84,12 @@ class PromptTokenizer:
             ids = self._tokenizer([text], **self._keywords)
         if not isinstance(ids, torch.Tensor):
             ids = ids["input_ids"] if hasattr(ids, "keys") else ids
-        return [int(i) for i in ids[0]]
+        try:
+            return [int(i) for i in ids[0]]
+        except (TypeError, ValueError, IndexError):
+            raise TypeError(
+                f"Expected the tokenizer to give a row of token ids for each text, but for {[text]} got {ids!r}."
+            ) from None
 
     def _strip(self, ids: Sequence[int]) -> tuple[int, ...]:
         stop = len(ids)

@@ -131,7 +131,12 @@ def bert(seed: int = 0, name: str = "user/tiny-bert") -> Any:
 def loads(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[Any]:
     """What transformers is asked to load, in the place of which it gives this model."""
     asked: list[Any] = []
-    monkeypatch.setattr(transformers.BertModel, "from_pretrained", lambda *given, **_: asked.append(given) or model)
+
+    def load(*given: Any, **_: Any) -> Any:
+        asked.append(given)
+        return model
+
+    monkeypatch.setattr(transformers.BertModel, "from_pretrained", load)
     return asked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,6 +72,10 @@ WITH_TOKENIZER = "tokenizer"  # stands for the fixture
         ({"in_features": 0}, ValueError, "`in_features` to be at least 1"),
         ({"logit_scale": 100.0}, ValueError, r"log of the factor.*math.log\(100\)"),
         ({"n_context": 4}, TypeError, "unexpected keyword argument 'n_context'"),
+        ({"context": "a photo of {rank}", "tokenizer": WITH_TOKENIZER}, ValueError, "`{}` in the place of the rank"),
+        ({"dtype": "float32"}, TypeError, "floating point dtype of torch, but got 'float32'"),
+        ({"dtype": torch.int64}, TypeError, "floating point dtype of torch, but got torch.int64"),
+        ({"tokenizer": lambda texts: texts}, TypeError, r"a row of token ids for each text, but for "),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], match: str, clip: Any, tokenizer: Any) -> None:
@@ -80,9 +85,14 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], match: str
         op.OrdinalPromptHead(clip, **{"ranks": 5, **options})
 
 
-def test_a_misspelt_keyword_of_from_open_clip() -> None:
+def test_mistakes_in_options_are_answered_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ordinal_prompt.text.hub.load_open_clip", lambda *_: pytest.fail("loads the model"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
         op.OrdinalPromptHead.from_open_clip("ViT-B-32", rank=5, ranks=5)
+    with pytest.raises(ValueError, match="`rank_position` to be one of"):
+        op.OrdinalPromptHead.from_open_clip("ViT-B-32", ranks=5, rank_position="end")
+    with pytest.raises(ValueError, match="at least 2 ranks, but got 1"):
+        op.OrdinalPromptHeads.from_open_clip("ViT-B-32", attributes={"age": 101, "quality": 1})
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "ViT-B-32", None])
@@ -180,3 +190,50 @@ def test_names_the_tokenizer_drops(clip: Any) -> None:
 
     with pytest.raises(ValueError, match="gives none for '\\?'"):
         op.OrdinalPromptHead(clip, ["?", "yes"], tokenizer=tokenizer)
+
+
+LOGITS, LABELS = torch.zeros(8, 5), torch.arange(8) % 5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: op.OrdinalPromptLoss()(LOGITS, LABELS[:, None]), ValueError, "; squeeze them"),
+        (lambda: op.OrdinalPromptLoss()(LOGITS, torch.ones_like(LOGITS).long()), ValueError, r"pass labels.float\(\)"),
+        (lambda: op.OrdinalPromptLoss(rank_weights=[0] * 5), ValueError, "none negative, not all zero"),
+        (lambda: op.OrdinalPromptLoss(0, 0), ValueError, "`ce_weight` or `kl_weight` to be above zero"),
+        (lambda: op.OrdinalPromptLoss(ignore_index="none"), TypeError, "`ignore_index` to be a number, as -100"),
+        (lambda: op.rank_indices([1, float("nan")], [1, 2], nearest=True), ValueError, "drop or mend them.$"),
+        (lambda: op.soft_labels([0], 1), ValueError, "`num_ranks` to be at least 2"),
+        (lambda: op.adapt_prior(LOGITS[:0], [1] * 5), ValueError, "0 samples.*pass `prior` if it is known"),
+        (lambda: op.adapt_prior(LOGITS / 0, [1] * 5), ValueError, "8 samples, or NaN"),
+        (lambda: op.ConformalRanks("0.9"), ValueError, r"`coverage` in \(0, 1\), but got '0.9'"),
+        (lambda: op.export_heads(None), TypeError, "`model` to be a torch.nn.Module, but got NoneType"),
+        (
+            lambda: op.load_exported("folder", nn.Linear(2, 2)),
+            TypeError,
+            "`model` to be a torch.nn.Module, but got str",
+        ),
+        (lambda: op.load_exported(nn.Linear(2, 2), {}), ValueError, "do not fit Linear: weight, bias missing. Pass"),
+        (lambda: op.parameter_groups(iter([]), lr=1.0), TypeError, "`model` to be a torch.nn.Module"),
+        (lambda: op.fit_head(nn.Linear(2, 2), LOGITS, LABELS), TypeError, "`head` to be an OrdinalPromptHead"),
+        (lambda: op.regularization(nn.Linear(2, 2), 8), TypeError, "`head` to be an OrdinalPromptHead"),
+        (lambda: op.regularization(op.OrdinalPromptHead(tiny_clip(), 3), 0), ValueError, "`num_samples` to be that of"),
+        (
+            lambda: op.OrdinalPromptHeads({"age": op.OrdinalPromptHead(tiny_clip(), 3)})["ages"],
+            KeyError,
+            "attributes 'age'",
+        ),
+    ],
+)
+def test_bad_calls(call: Callable[[], Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_a_batch_of_ranks_without_weight_has_no_loss() -> None:
+    loss = op.OrdinalPromptLoss(rank_weights=[0, 1, 1, 1, 1])
+    logits = torch.randn(3, 5, requires_grad=True)
+    loss(logits, torch.zeros(3, dtype=torch.long)).backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
