@@ -12,7 +12,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt import checkpoint
+from ordinal_prompt import checkpoint, sharing
 from ordinal_prompt.attribute_loss import OrdinalPromptLosses
 from ordinal_prompt.cache import traced
 from ordinal_prompt.decoding import decode
@@ -24,7 +24,6 @@ from ordinal_prompt.reuse import given_prototypes, one_backward
 from ordinal_prompt.text import hub
 from ordinal_prompt.text.towers import same_weights
 
-ATTRIBUTES_FILE = "ordinal_prompt_attributes.json"
 IGNORE_INDEX = -100
 
 Heads = TypeVar("Heads", bound="OrdinalPromptHeads")
@@ -173,26 +172,32 @@ class OrdinalPromptHeads(nn.Module):
         folder, places = Path(folder), {name: quote(name, safe=" ") for name in self}
         for name, place in places.items():
             self[name].save_pretrained(folder / place)
-        with checkpoint.replacing(folder / ATTRIBUTES_FILE) as path:
+        with checkpoint.replacing(folder / checkpoint.ATTRIBUTES_FILE) as path:
             path.write_text(json.dumps({"format": 1, "attributes": places}, indent=2) + "\n", encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, *, training: str = "", limits: str = "", **options: Any) -> Any:
+        """Saves the heads into a repository of the Hugging Face hub; see `OrdinalPromptHead.push_to_hub`."""
+        card = sharing.model_card(self, {name: self[name] for name in self}, repo_id, training, limits)
+        return sharing.push(self, repo_id, card, options)
+
     @classmethod
-    def from_pretrained(cls: type[Heads], folder: str | Path, text_encoder: Any = None) -> Heads:
-        """Loads what `save_pretrained` saved, in eval mode.
+    def from_pretrained(cls: type[Heads], folder: str | Path, text_encoder: Any = None, **options: Any) -> Heads:
+        """Loads what `save_pretrained` or `push_to_hub` saved, in eval mode.
 
         Args:
-            folder: that it was saved in.
+            folder: a folder; or "user/name", a repository of the Hugging Face hub.
             text_encoder: for all heads; see `OrdinalPromptHead.from_pretrained`.
+            options: `revision`, `token` and `cache_dir`; see there, too.
 
         Raises:
-            FileNotFoundError: no such folder, or files missing in it.
+            FileNotFoundError: no such folder or repository, or files missing in it.
             ValueError, ConnectionError: as `OrdinalPromptHead.from_pretrained`.
         """
-        folder = Path(folder)
-        file = folder / ATTRIBUTES_FILE
+        folder = sharing.local_folder(folder, **options)
+        file = folder / checkpoint.ATTRIBUTES_FILE
         if not file.is_file():
             raise FileNotFoundError(
-                f"Found no {ATTRIBUTES_FILE} in {folder}; expected a folder written by "
+                f"Found no {checkpoint.ATTRIBUTES_FILE} in {folder}; expected a folder written by "
                 "OrdinalPromptHeads.save_pretrained (a single head loads with OrdinalPromptHead.from_pretrained)."
             )
         try:

@@ -24,6 +24,7 @@ from ordinal_prompt.text.template import PromptText
 
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
+ATTRIBUTES_FILE = "ordinal_prompt_attributes.json"  # of several heads, each in a folder of its own
 FORMAT = 2
 LEARNED = ("context_embeddings", "rank_embeddings", "rank_values", "logit_scale", "projection", "alignment", "residual")
 # Other weights give other prototypes; other hardware differs in the last bits.

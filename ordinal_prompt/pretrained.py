@@ -54,10 +54,7 @@ class Pretrained(RankPrototypes):
             ValueError: as `save_pretrained`.
             FileNotFoundError, ConnectionError: no such repository for you, or a hub that cannot be reached.
         """
-        told = {"encoder": type(self.text_encoder).__name__, "training": training, "limits": limits}
-        in_features = self.config.in_features or self.embed_dim
-        card = sharing.model_card(self.config, self.rank_names, in_features, self._source, repo_id, **told)
-        return sharing.push(self, repo_id, card, options)
+        return sharing.push(self, repo_id, sharing.model_card(self, {"": self}, repo_id, training, limits), options)
 
     @classmethod
     def from_pretrained(

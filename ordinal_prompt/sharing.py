@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ordinal_prompt.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ordinal_prompt.checkpoint import ATTRIBUTES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.text.hub import described, is_known, is_offline
 
@@ -29,17 +29,24 @@ tags:
 
 # {title}
 
-A classification head for ordered labels, whose weights a text encoder wrote (OrdinalCLIP, Li et al., NeurIPS 2022).
-It takes features (…, {width}) and gives logits (…, {num_ranks}).
+{what} for ordered labels, whose weights a text encoder wrote (OrdinalCLIP, Li et al., NeurIPS 2022).
+It takes features (…, {width}) and gives {gives}.
 
 ```python
 import ordinal_prompt as op
 
-head = op.OrdinalPromptHead.from_pretrained("{repo}"{without})
+head = op.{kind}.from_pretrained("{repo}"{without})
 values = head.predict(features)  # in the units of the ranks' values
 layers = head.export()           # plain layers of torch.nn
 ```
+{heads}
+## Training
+{training}
 
+## Limits
+{limits}
+"""
+HEAD = """
 | rank | name | value |
 |---:|:---|---:|
 {ranks}
@@ -47,35 +54,44 @@ layers = head.export()           # plain layers of torch.nn
 - Text encoder: {encoder}
 - Context: {context}
 - Settings that are not the defaults: {settings}
-
-## Training
-{training}
-
-## Limits
-{limits}
 """
 
 
-def model_card(
-    config: HeadConfig, names: tuple[str, ...], width: int, source: dict[str, Any] | None, repo: str, **told: str
-) -> str:
-    """The README of a repository, in Markdown; `told` are `encoder`, `training` and `limits`."""
-    encoder = described(source) if source else told["encoder"]
-    ranks = zip(range(len(names)), names, config.values, strict=True)
-    changed = {name: value for name, value in config.changed().items() if name not in ("ranks", "context")}
-    given = config.context if isinstance(config.context, str) else f"{config.context} tokens, started at random"
+def model_card(head: Any, heads: Mapping[str, Any], repo: str, training: str, limits: str) -> str:
+    """The README of a repository, in Markdown.
+
+    Args:
+        head: what is shared: a head, or several.
+        heads: by attribute; of one head, under the name "".
+        training, limits: what is said of them.
+    """
+    named = {name: f"\n## {_cell(name)}\n" if name else "" for name in heads}
+    first = next(iter(heads.values()))
     return CARD.format(
         title=repo.rpartition("/")[2],
         repo=repo,
-        without="" if is_known(source) else ", text_encoder=False",
-        width=width,
-        num_ranks=len(names),
+        what="Classification heads" if "" not in heads else "A classification head",
+        kind=type(head).__name__,
+        without="" if all(is_known(one._source) for one in heads.values()) else ", text_encoder=False",
+        width=first.in_features,
+        gives=f"logits (…, {first.num_ranks})" if "" in heads else "a dictionary of logits",
+        heads="".join(named[name] + _described(one) for name, one in heads.items()),
+        training=training or "Nothing was written down.",
+        limits=limits or LIMITS,
+    )
+
+
+def _described(head: Any) -> str:
+    """Ranks, text encoder and settings of one head."""
+    config: HeadConfig = head.config
+    ranks = zip(range(head.num_ranks), head.rank_names, config.values, strict=True)
+    changed = {name: value for name, value in config.changed().items() if name not in ("ranks", "context")}
+    words = isinstance(config.context, str)
+    return HEAD.format(
         ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),
-        encoder=encoder,
-        context=_code(given) if isinstance(config.context, str) else given,
+        encoder=described(head._source) if head._source else type(head.text_encoder).__name__,
+        context=_code(str(config.context)) if words else f"{config.context} tokens, started at random",
         settings=", ".join(_code(f"{name}={value!r}") for name, value in changed.items()) or "none",
-        training=told["training"] or "Nothing was written down.",
-        limits=told["limits"] or LIMITS,
     )
 
 
@@ -109,7 +125,10 @@ def push(head: Any, repo: str, card: str, options: dict[str, Any]) -> Any:
 
 
 def local_folder(
-    name: str | Path, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+    name: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Path:
     """A folder of a saved head as it is; the name of a repository is downloaded, or found in the cache.
 
@@ -126,7 +145,7 @@ def local_folder(
         return folder
     from huggingface_hub import snapshot_download
 
-    files = [CONFIG_FILE, WEIGHTS_FILE]
+    files = [f"*{CONFIG_FILE}", f"*{WEIGHTS_FILE}", ATTRIBUTES_FILE]  # also those of several heads, in folders
     with _told(f"Found no folder {name!r} here, and could not download it"):
         path = snapshot_download(str(name), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=files)
     return Path(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,27 @@ def test_what_has_no_name_of_a_hub_is_not_looked_for(tokenizer: Any, tmp_path: P
     for model in (bert(name=""), bert(name=str(tmp_path)), own):
         op.OrdinalPromptHead(model, ["bad", "good"], tokenizer=tokenizer).save_pretrained(tmp_path / "head")
         assert op.OrdinalPromptHead.from_pretrained(tmp_path / "head").text_encoder is None
+
+
+def test_several_heads_go_up_and_come_back(hub: Hub, clip: Any, tokenizer: Any) -> None:
+    given = {"age": 7, "quality | light": ["poor", "fair", "good"]}
+    heads = op.OrdinalPromptHeads(
+        {name: op.OrdinalPromptHead(clip, ranks, tokenizer=tokenizer) for name, ranks in given.items()}
+    ).eval()
+    heads.push_to_hub("user/faces", limits="Faces of adults alone.", token="secret")
+    card = ModelCard.load(hub.root / "user/faces/README.md").text
+    told = ("## age", r"## quality \| light", "| 6 | 6 | 6 |", "| 2 | good | 2 |", "Faces of adults alone.")
+    for text in (*told, 'op.OrdinalPromptHeads.from_pretrained("user/faces", text_encoder=False)'):
+        assert text in card, text
+    again = op.OrdinalPromptHeads.from_pretrained("user/faces", clip, revision="v2")
+    assert hub.calls[-1]["revision"] == "v2"
+    allowed = hub.calls[-1]["allow_patterns"]
+    files = [str(path.relative_to(hub.root / "user/faces")) for path in (hub.root / "user/faces").rglob("*.*")]
+    kept = [name for name in files if any(fnmatch(name, pattern) for pattern in allowed)]
+    assert {*files} - {*kept} == {"README.md"}
+    features = torch.randn(4, 12)
+    for name, logits in heads(features).items():
+        torch.testing.assert_close(again(features)[name], logits)
 
 
 @pytest.mark.usefixtures("hub")
