@@ -11,6 +11,7 @@ exported weights, for `op.load_exported(TextModel(…), …)`.  A killed run goe
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -88,8 +89,9 @@ def train(kind: str, lr: float, options: Any, names: list[str], values: Any, par
 
     # Without this, processes on CPUs would train one model each, and not know of each other.
     no_device = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    own = max(1, options.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
+        str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=own,
         per_device_eval_batch_size=256, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mae", greater_is_better=False,
         fp16=options.fp16, bf16=options.bf16, seed=options.seed, report_to="none", use_cpu=no_device,
@@ -138,7 +140,7 @@ def main() -> None:
     add("--text-column", default="text")
     add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
     add("--backbone-lr", type=float, default=1e-4)
-    add("--batch-size", type=int, default=32, help="in each process")
+    add("--batch-size", type=int, default=32, help="of all processes together")
     add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
     add("--fp16", action="store_true")
     add("--bf16", action="store_true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import peers
 import protocol
 import report
 import task
+import uncertainty
 
 K, D = 4, 12
 PARTS = {"train": 40, "val": 20, "test": 24}
@@ -262,6 +264,18 @@ def test_a_missing_package_is_named(compare: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "coral_pytorch", None)
     with pytest.raises(SystemExit, match=r"coral_pytorch.*pip install '.\[benchmarks\]'"):
         compare("--heads", "corn")
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration samples are.*too few")
+def test_sets_are_judged_on_the_test_part(features: Path, clip: Any, tokenizer: Any) -> None:
+    named = replace(data.feature_task(features, NAMES), text_encoder=lambda: (clip, tokenizer))
+    first, *sets = uncertainty.judge(named, "4", seed=0)
+    assert {*first} == {"sets", "before", "after"}
+    assert [row["sets"] for row in sets] == ["cdf", "cdf, by rank", "rps", "rps, by rank"]
+    for row in sets:  # ten held-out samples: nine of them are inside, or the sets hold all ranks
+        assert 0.8 <= row["coverage"] <= 1
+        assert row["coverage of the worst rank"] <= row["coverage"]
+        assert 1 <= row["width"] <= K
 
 
 def test_no_word_family_stands_on_both_sides() -> None:

@@ -232,7 +232,7 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(photos: Path, tmp_path: P
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_on_texts(reviews: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        common = ("--data", reviews, *TEXTS, "--epochs", 2, "--shots", 8, "--batch-size", 8 // processes)
+        common = ("--data", reviews, *TEXTS, "--epochs", 2, "--shots", 8, "--batch-size", 8)
         run("finetune_text.py", *common, "--output", f"out{processes}", cwd=tmp_path, processes=processes)
     one, two = losses_of_texts(tmp_path / "out1"), losses_of_texts(tmp_path / "out2")
     assert len(one) == 4
