@@ -186,7 +186,9 @@ def gaussian(task: Task) -> Estimator:
 
 
 def prolip(task: Task) -> Estimator:
-    """A map of the features, penalised by 1/N away from the identity (Fahes et al., 2024, on features)."""
+    """A map of the features, penalised by 1/N away from the identity: RLA, the form that ProLIP takes where only the
+    features are at hand (Fahes et al., 2024), fitted to convergence.
+    """
     names, scale = name_embeddings(task)
 
     def fit(x: Tensor, y: Tensor) -> Predict:
