@@ -44,13 +44,30 @@ SIZES = {
     64: "max_position_embeddings",
     99: "vocab_size",
 }
+SIZE_WORDS = [
+    "test_",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "micro",
+    "xxs",
+    "tiny",
+    "_xs",
+    "mini",
+    "small",
+    "_s",
+    "b0",
+    "18",
+]
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
 def smallest(module: str) -> str | None:
-    """The smallest model of a timm module."""
-    sizes = {}
-    for name in timm.list_models(module=module)[:40]:
+    """The smallest model of a timm module, or one that is nearly so, by the names."""
+    sizes: dict[str, int] = {}
+    likely = sorted(timm.list_models(module=module), key=lambda name: [word not in name for word in SIZE_WORDS])
+    for name in likely[:5]:
         try:
             with torch.device("meta"):
                 sizes[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
