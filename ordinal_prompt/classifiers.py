@@ -29,6 +29,10 @@ def find_classifiers(model: nn.Module) -> list[str]:
     if own:
         return own
     candidates = _candidates(model)
+    if len(candidates) > 1:  # of transformers, and inside its base model
+        classes = getattr(getattr(model, "config", None), "num_labels", 0)
+        fitting = [name for name in candidates if num_outputs(model.get_submodule(name)) == classes]
+        candidates = fitting if len(fitting) == 1 else candidates
     if len(candidates) == 1:
         return candidates
     if not candidates:

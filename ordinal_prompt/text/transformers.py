@@ -7,6 +7,7 @@ poolers and projections are the model's own, whatever they are.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ class TransformersTextEncoder:
         model: a BERT-like encoder, a CLIP or SigLIP text model, or an image-text model, whose text half is taken.
         pooling: `"mean"` over the tokens that are not padding, `"cls"` (the first token), or `"last"` (the last one, as
             in decoders made into embedding models: E5-Mistral, Qwen3-Embedding); of no effect where the model defines
-            its own text feature (`text_embeds`, the pooled output of CLIP and SigLIP text models).  Default: what the
-            model's own folder says (`1_Pooling/config.json` of sentence-transformers), else the mean; a decoder, whose
-            first tokens see nothing of the text, has no default.
+            its own text feature (`get_text_features`, `text_embeds`, the pooled output of a CLIP-like text model).
+            Default: what the model's own folder says (`1_Pooling/config.json` of sentence-transformers), else the mean;
+            a decoder, whose first tokens see nothing of the text, has no default.
 
     Raises:
         ValueError: unknown pooling.
@@ -81,10 +82,13 @@ class TransformersHalf(TextHalf):
         super().__init__(half, table.shape[1], 0, _context_length(model), cut="siglip" not in kind)
         known = pooling or _pooling_of_folder(model)
         self.pooling = known or "mean"
-        # Its own feature: of a model of texts and images or sounds, and of the text models of CLIP and SigLIP.
-        self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or "siglip" in kind
+        # Its own feature: of a model of texts and images or sounds, and of their text models.  A layer that is called
+        # the pooler, as that of BERT, was made for something else.
+        has_pooler = any(name.rpartition(".")[2] == "pooler" for name, _ in model.named_modules())
+        self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or not has_pooler
+        self.gives_own = False
         self.checked(table)
-        if known is None and not self.own_pooling and not table.is_meta and self._is_causal(table):
+        if known is None and not self.gives_own and not table.is_meta and self._is_causal(table):
             raise ValueError(
                 f"{type(model).__name__} is a decoder, whose tokens see only what is before them, and its folder does "
                 'not say how it pools; wrap it in TransformersTextEncoder(model, pooling="last") if it is an embedding '
@@ -106,13 +110,13 @@ class TransformersHalf(TextHalf):
         """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""
         run: Any = getattr(self.tower, "get_text_features", self.tower)
         output = run(input_ids=ids, **({"attention_mask": mask.long()} if self.cut else {}))
-        if isinstance(output, Tensor):
-            return output
-        if getattr(output, "text_embeds", None) is not None:
-            features: Tensor = output.text_embeds
-        elif self.own_pooling:
-            features = output.pooler_output
-        elif self.pooling == "cls":
+        features: Any = output if isinstance(output, Tensor) else getattr(output, "text_embeds", None)
+        if features is None and self.own_pooling:
+            features = getattr(output, "pooler_output", None)
+        self.gives_own = features is not None
+        if features is not None:
+            return features  # type: ignore[no-any-return]
+        if self.pooling == "cls":
             features = output.last_hidden_state[:, 0]
         elif self.pooling == "last":
             last = mask.sum(dim=1) - 1
@@ -120,7 +124,7 @@ class TransformersHalf(TextHalf):
         else:
             weights = mask.to(output.last_hidden_state.dtype)[..., None]
             features = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1)
-        return features
+        return features  # type: ignore[no-any-return]
 
 
 def _pooling_of_folder(model: Any) -> str | None:
@@ -144,7 +148,8 @@ def text_model(model: Any) -> Any:
     """The model itself, the encoder of an encoder-decoder, or what a model with a task's head builds on."""
     if hasattr(model, "get_text_features") or hasattr(model, "text_projection"):  # features of its own
         return model
-    model = getattr(model, "base_model", model)
+    if re.search("For[A-Z]|Head", type(model).__name__):
+        model = getattr(model, "base_model", model)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()
     return model
@@ -153,9 +158,14 @@ def text_model(model: Any) -> Any:
 def token_embedding(model: Any) -> Any:
     """The module that embeds the token ids of a transformers model (of its text half)."""
     half = text_model(model.text_model if hasattr(model, "get_text_features") else model)
-    if hasattr(half, "get_input_embeddings"):
+    try:
         return half.get_input_embeddings()
-    return half.embeddings.token_embedding  # the inner text models of transformers 4
+    except (AttributeError, NotImplementedError):  # the inner text models of transformers 4, of OWL-ViT and GroupViT
+        size: Any = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+        tables = [part for part in half.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == size]
+        if len(tables) != 1:
+            raise
+        return tables[0]
 
 
 def _context_length(model: Any) -> int:
