@@ -29,8 +29,13 @@ class PromptEmbedding(nn.Module):
         self.prompts: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.prompts is None or self.prompts.shape[:-1] != ids.shape:
+        if self.prompts is None:
             raise RuntimeError("This text encoder has left its token embedding behind and encodes prompts only.")
+        if self.prompts.shape[:-1] != ids.shape:
+            raise RuntimeError(
+                f"This text encoder turns {tuple(self.prompts.shape[:-1])} token ids into {tuple(ids.shape)} on the "
+                "way, where prompts cannot follow; choose another one, whose own code leaves the ids as they are."
+            )
         return self.prompts
 
 
@@ -89,21 +94,24 @@ class TextHalf(nn.Module):
             TypeError: the model's own code fails on prompts, or gives something else than one feature per text.
         """
         ids, one = torch.zeros(1, 2, dtype=torch.long, device=table.device), table[:1].detach()
-        prompt = Prompts(one, one[None], torch.ones_like(ids[0, :1]), one[0], ids, 0)
+        self.embed_dim = self.tried(Prompts(one, one[None], torch.ones_like(ids[0, :1]), one[0], ids, 0)).shape[1]
+        return self
+
+    def tried(self, prompts: Prompts) -> Tensor:
+        """Features (K, D) in eval mode; whatever another package's code raises or returns instead is a TypeError."""
         told = (
             f"Expected `text_encoder` to encode prompts, but {type(self.tower).__name__} {{}}; pass its text model by "
             "itself, or an object with the members of ordinal_prompt.text.TextEncoder."
         )
         try:
             with evaluating(self.tower):
-                feature = self.encode(prompt)
-        except Exception as error:  # whatever another package's code may raise
-            raise TypeError(told.format(f"fails on one ({type(error).__name__}: {error})")) from error
-        if not isinstance(feature, Tensor) or feature.dim() != 2 or len(feature) != 1:
-            kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-            raise TypeError(told.format(f"gives {kind} instead of one feature (1, D)"))
-        self.embed_dim = feature.shape[1]
-        return self
+                features = self.encode(prompts)
+        except Exception as error:
+            raise TypeError(told.format(f"fails on them ({type(error).__name__}: {error})")) from error
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(prompts):
+            kind = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(told.format(f"gives {kind} instead of one feature for each ({len(prompts)}, D)"))
+        return features
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.text.prompts import Prompts
-from ordinal_prompt.text.towers import TextHalf, evaluating, text_half
+from ordinal_prompt.text.towers import TextHalf, text_half
 
 POOLINGS = ("mean", "cls", "last")
 _IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
@@ -27,7 +27,7 @@ def is_transformers_text(model: nn.Module) -> bool:
     if not hasattr(getattr(model, "config", None), "model_type"):
         return False
     try:
-        return isinstance(token_embedding(model), nn.Embedding)
+        return isinstance(token_embedding(model), nn.Embedding) and hasattr(text_model(model), "config")
     except (AttributeError, NotImplementedError):
         return False
 
@@ -101,8 +101,7 @@ class TransformersHalf(TextHalf):
         first, others = table[:1].detach(), table[[1, -1]].detach()[:, None]
         ids = torch.zeros(2, 2, dtype=torch.long, device=table.device)
         self.pooling, pooling = "cls", self.pooling
-        with evaluating(self.tower):
-            features = self.encode(Prompts(first, others, torch.ones_like(ids[:, 0]), first[0], ids, 0))
+        features = self.tried(Prompts(first, others, torch.ones_like(ids[:, 0]), first[0], ids, 0))
         self.pooling = pooling
         return torch.equal(features[0], features[1])
 

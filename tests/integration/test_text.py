@@ -424,12 +424,39 @@ def test_models_that_define_their_own_text_features(kind: str, tokenizer: Any) -
     assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
 
 
+@pytest.mark.parametrize("kind", ["OwlViT", "GroupViT"])
+def test_models_whose_text_half_hides_its_token_embedding(kind: str, tokenizer: Any) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**TEXT_SIZES, "max_position_embeddings": 60}, projection_dim=12, projection_intermediate_dim=16,
+        vision_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1,
+                       "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
+    )  # fmt: skip
+    model = shaken(getattr(transformers, f"{kind}Model")(config))
+    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
+    output = model.get_text_features(ids, attention_mask=(ids != 0).long())
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    expected = F.normalize(features, dim=-1).detach()
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+
+
+@pytest.mark.parametrize("kind", ["OwlViT", "GroupViT", "Aimv2", "AltCLIP"])
+def test_clip_like_text_models_by_their_own_pooled_feature(kind: str, tokenizer: Any) -> None:
+    special = {"pad_token_id": 0, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 60}
+    config = getattr(transformers, f"{kind}TextConfig")(**TEXT_SIZES, **special, project_dim=12)
+    model = shaken(getattr(transformers, f"{kind}TextModel")(config))
+    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
+    ids = ids[:, : int((ids != 0).sum(dim=1).max())]
+    features = model(ids, attention_mask=(ids != 0).long()).pooler_output
+    expected = F.normalize(features, dim=-1).detach()
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+
+
 def test_a_model_that_fails_on_prompts_is_refused_at_once(tokenizer: Any) -> None:
     class Broken(transformers.BertModel):  # type: ignore[name-defined]  # loaded lazily by transformers
         def forward(self, *_: Any, **__: Any) -> None:
             raise AttributeError("'Broken' object has no attribute 'dtype'")
 
-    with pytest.raises(TypeError, match=r"encode prompts, but Broken fails on one \(AttributeError: .*TextEncoder"):
+    with pytest.raises(TypeError, match=r"encode prompts, but Broken fails on them \(AttributeError: .*TextEncoder"):
         op.OrdinalPromptHead(Broken(transformers.BertConfig(**TEXT_SIZES)), 5, tokenizer=tokenizer)
 
 
