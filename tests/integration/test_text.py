@@ -406,6 +406,15 @@ TEXT_SIZES = {"vocab_size": 49408, "hidden_size": 16, "num_hidden_layers": 2, "n
               "intermediate_size": 32}  # fmt: skip
 
 
+def assert_own_features(model: Any, tokenizer: Any, run: Any) -> None:
+    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
+    ids = ids[:, : int((ids != 0).sum(dim=1).max())]
+    output = run(ids, attention_mask=(ids != 0).long())
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    expected = F.normalize(features, dim=-1).detach()
+    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+
+
 @pytest.mark.parametrize("kind", ["Clap", "Align"])
 def test_models_that_define_their_own_text_features(kind: str, tokenizer: Any) -> None:
     if kind == "Clap":
@@ -417,11 +426,7 @@ def test_models_that_define_their_own_text_features(kind: str, tokenizer: Any) -
         vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}
         config = transformers.AlignConfig(text_config=TEXT_SIZES, vision_config=vision, projection_dim=12)
     model = shaken(getattr(transformers, f"{kind}Model")(config))
-    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
-    output = model.get_text_features(ids, attention_mask=(ids != 0).long())
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    expected = F.normalize(features, dim=-1).detach()
-    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+    assert_own_features(model, tokenizer, model.get_text_features)
 
 
 @pytest.mark.parametrize("kind", ["OwlViT", "GroupViT"])
@@ -432,11 +437,7 @@ def test_models_whose_text_half_hides_its_token_embedding(kind: str, tokenizer: 
                        "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
     )  # fmt: skip
     model = shaken(getattr(transformers, f"{kind}Model")(config))
-    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
-    output = model.get_text_features(ids, attention_mask=(ids != 0).long())
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    expected = F.normalize(features, dim=-1).detach()
-    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+    assert_own_features(model, tokenizer, model.get_text_features)
 
 
 @pytest.mark.parametrize("kind", ["OwlViT", "GroupViT", "Aimv2", "AltCLIP"])
@@ -444,11 +445,7 @@ def test_clip_like_text_models_by_their_own_pooled_feature(kind: str, tokenizer:
     special = {"pad_token_id": 0, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 60}
     config = getattr(transformers, f"{kind}TextConfig")(**TEXT_SIZES, **special, project_dim=12)
     model = shaken(getattr(transformers, f"{kind}TextModel")(config))
-    ids = tokenizer([f"a photo of {name} people." for name in NAMES], context_length=20)
-    ids = ids[:, : int((ids != 0).sum(dim=1).max())]
-    features = model(ids, attention_mask=(ids != 0).long()).pooler_output
-    expected = F.normalize(features, dim=-1).detach()
-    assert_same_features(model, tokenizer, {"context": "a photo of {} people"}, expected)
+    assert_own_features(model, tokenizer, model)
 
 
 def test_a_model_that_fails_on_prompts_is_refused_at_once(tokenizer: Any) -> None:
