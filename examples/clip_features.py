@@ -45,11 +45,13 @@ def main() -> None:
     parser.add_argument("--weights", help="a pretrained tag of open_clip, or a file")
     parser.add_argument("--context", default="a photo of {} quality", help="default %(default)s")
     parser.add_argument("--shots", type=int, help="training images per rank")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--output", type=Path, default=Path("outputs/clip"))
     options = parser.parse_args()
     paths, labels = read_images(options.data)
-    _, fingerprints, white = check_images(paths)
-    names, values, indices = rank_labels(labels, options.rank_names)
+    readable, fingerprints, white = check_images(paths, options.skip_unreadable)
+    paths = [paths[i] for i in readable]
+    names, values, indices = rank_labels([labels[i] for i in readable], options.rank_names)
     training, _, test = split(indices, paths, keys=fingerprints, shots=options.shots)
 
     torch.manual_seed(0)  # random weights are the same each time, as cached features of theirs are

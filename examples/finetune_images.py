@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from ordered_data import DataError, check_images, open_image, rank_labels, read_images, split
 from PIL import Image, ImageFilter
-from runs import in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
+from runs import at_least, in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanAbsoluteError
@@ -228,9 +228,9 @@ def parse() -> Any:
     add("--text-weights", help="its pretrained tag, or a file")
     add("--prompt-lr-scale", type=float, default=1.0)
     add("--weight-decay", type=float, default=1e-2)
-    add("--batch-size", type=int, default=64, help="of all processes together")
-    add("--resize", type=int, help="side that images are brought to before the crop")
-    add("--size", type=int, help="side of the crop")
+    add("--batch-size", type=at_least(1), default=64, help="of all processes together")
+    add("--resize", type=at_least(1), help="side that images are brought to before the crop")
+    add("--size", type=at_least(1), help="side of the crop")
     add("--no-augment", action="store_true")
     add("--precision", default="32-true", help="Lightning's, as bf16-mixed")
     add("--accelerator", default="auto")
@@ -241,6 +241,8 @@ def parse() -> Any:
     options = parser.parse_args()
     if not options.demo and not options.data:
         raise DataError("No data: pass --data FOLDER_OR_CSV, or --demo.")
+    if ":" not in options.backbone and not timm.is_model(options.backbone):  # with a colon, a repository or a folder
+        raise DataError(f"timm has no model {options.backbone!r}; timm.list_models() has their names.")
     return options
 
 

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from ordered_data import DataError, rank_labels, read_table, split
 from quickstart import CONTEXT, NAMES, rated_words
-from runs import in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
+from runs import at_least, in_one_sentence, keep_parts, load_text_encoder, metrics, new_parser, plot, report, weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -126,8 +126,8 @@ def run(kind: str, options: Any, names: list[str], values: Any, parts: dict[str,
     torch.save(model.state_dict(), options.output / f"{kind}-model.pt")
     fresh = TextModel(load_encoder(options.encoder)[0], nn.Linear(model.encoder.config.hidden_size, len(names)))
     loaded = op.load_exported(fresh, options.output / f"{kind}-model.pt")
-    batch = tokenizer(parts["test"]["text"][:8], padding=True, truncation=True, return_tensors="pt")
-    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    cut: Any = {"padding": True, "truncation": True, "return_tensors": "pt", "return_token_type_ids": False}
+    batch = tokenizer(parts["test"]["text"][:8], **cut)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch)["logits"], model.cpu().eval()(**batch)["logits"])
     return metrics(logits, labels, values) | {"lr": lr}
@@ -139,9 +139,9 @@ def main() -> None:
     add("--data", help="a CSV file")
     add("--text-column", default="text")
     add("--encoder", default="minilm", help="minilm (from a package), or a folder or name of transformers")
-    add("--backbone-lr", type=float, default=1e-4)
-    add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--max-length", type=int, default=256, help="tokens of a text; the rest is cut off")
+    add("--backbone-lr", type=at_least(0, float), default=1e-4)
+    add("--batch-size", type=at_least(1), default=32, help="of all processes together")
+    add("--max-length", type=at_least(1), default=256, help="tokens of a text; the rest is cut off")
     add("--fp16", action="store_true")
     add("--bf16", action="store_true")
     parser.set_defaults(lr=[1e-3, 3e-3, 1e-2], epochs=10, patience=3, settings="frozen")

@@ -112,7 +112,7 @@ def rank_labels(
     if numeric and not np.isfinite(keys).all():
         raise DataError(f"The labels {listed(shown)} are no finite numbers.")
     if len({*keys}) < max(2, len(keys)):
-        raise DataError(f"Expected at least two ranks, each once, but got {listed(shown)}.")
+        raise DataError(f"Expected at least two ranks, each once, but got {listed(shown) or 'none'}.")
     if numeric and keys not in (sorted(keys), sorted(keys, reverse=True)):
         raise DataError(f"The ranks {listed(shown)} are numbers out of order; pass them ascending or descending.")
     ranks = {key: index for index, key in enumerate(keys)}

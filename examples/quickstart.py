@@ -16,21 +16,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from runs import load_text_encoder
+from runs import load_text_encoder, plt
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor, nn
 
 import ordinal_prompt as op
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 VALUES = [-4, -3, -2, -1, 0, 1, 2, 3]
 NAMES = ["extremely negative", "very negative", "negative", "slightly negative", "neutral", "slightly positive"]
 NAMES += ["positive", "very positive"]
-CONTEXT = "the feeling of this word is"
+CONTEXT, RECIPE = "the feeling of this word is", op.recipe(NAMES, prompts="fitted")
 SHOTS, SEEDS, STEPS = (1, 4, 16, 64), 3, 100
 
 
@@ -102,15 +98,13 @@ def main() -> None:
             few = training[op.protocols.few_shot_indices(labels[training], shots, torch.manual_seed(seed))]
             linear = [linear_head(lr, features[few], labels[few]) for lr in (1e-2, 1e-1, 1.0)]
             best = min(linear, key=lambda head: error(head, validation))
-            options = op.recipe(NAMES, prompts="fitted")
-            head = op.OrdinalPromptHead(bert, NAMES, tokenizer=tokenizer, context=CONTEXT, **options)
+            head = op.OrdinalPromptHead(bert, NAMES, tokenizer=tokenizer, context=CONTEXT, **RECIPE)
             before = head.prototypes().detach()
             op.fit_head(head, features[few], labels[few]).eval().requires_grad_(False)
             found.append((error(best, test), error(head, test)))
         for name, values in zip(errors, zip(*found, strict=True), strict=True):
             errors[name].append(sum(values) / SEEDS)
-        told = ", ".join(f"{name} {means[-1]:.3f}" for name, means in errors.items())
-        print(f"  {shots:>2} words per rank: {told}")
+        print(f"  {shots:>2} words per rank: " + ", ".join(f"{name} {means[-1]:.3f}" for name, means in errors.items()))
 
     layer = head.export_prototypes()
     assert torch.allclose(layer(features[test]), head(features[test]), atol=1e-3)

@@ -26,6 +26,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
+    """The type of an option whose values start at `least`."""
+
+    def read(text: str) -> Any:
+        if not kind(text) >= least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, but got {text}")
+        return kind(text)
+
+    return read
+
+
 def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
     """The options that the fine-tuning scripts share."""
     parser = argparse.ArgumentParser(description=told, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -33,16 +44,16 @@ def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="real data, offline")
     add("--label-column", default="label")
     add("--rank-names", nargs="+", metavar="NAME", help="the labels, lowest first; label=name: another name in prompts")
-    add("--shots", type=int, help="training samples per rank")
+    add("--shots", type=at_least(1), help="training samples per rank")
     add("--shift", nargs=2, type=float, metavar=("RANKS", "KEEP"), help="thin out the most frequent ranks in training")
     add("--frozen", action="store_true", help="train the head alone")
     add("--head", choices=["linear", "prompt", "both"], default="both")
     add("--settings", choices=["paper", "learned", "frozen"], default="paper", help="or our recipe, by its prompts")
     add("--context", default="its rank is", help="of the prompts, in front of the rank or with {} in its place")
-    add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="for each head, the best on validation data counts")
+    add("--lr", type=at_least(0, float), nargs="+", default=[1e-3, 3e-4], help="the best on validation data counts")
     add("--optimizer", choices=["adamw", "radam"], default="adamw")
-    add("--epochs", type=int, default=30)
-    add("--patience", type=int, default=8, help="epochs without a better validation error")
+    add("--epochs", type=at_least(1), default=30)
+    add("--patience", type=at_least(0), default=8, help="epochs without a better validation error")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on behind the last checkpoint in OUTPUT")
     add("--output", type=Path, default=Path(output))
@@ -54,9 +65,10 @@ def keep_parts(options: Any, *parts: Sequence[str]) -> None:
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):
         return  # the first process has looked
     file, digest = options.output / "parts.sha256", hashlib.sha256(repr(parts).encode()).hexdigest()
-    if file.exists() and not options.resume:
+    begun = file.exists() and any(path.is_dir() for path in options.output.iterdir())  # else a mistake ended it
+    if begun and not options.resume:
         raise DataError(f"{options.output} holds a run; pass --resume to go on with it, or another --output.")
-    if file.exists() and file.read_text() != digest:
+    if begun and file.read_text() != digest:
         told = "with other data, or another --seed, --shots or --shift; pass the same, or another --output"
         raise DataError(f"The run in {options.output} was begun {told}.")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -65,9 +77,9 @@ def keep_parts(options: Any, *parts: Sequence[str]) -> None:
 
 def metrics(logits: Tensor, labels: Tensor, values: Sequence[float]) -> dict[str, float]:
     """Test metrics of logits (N, K): mean absolute errors in the units of the values, the others by rank."""
-    rules = ("expectation", "median", "argmax")
+    error = op.metrics.mean_absolute_error
     return {
-        **{f"MAE {rule}": op.metrics.mean_absolute_error(logits, labels, values, rule) for rule in rules},
+        **{f"MAE {rule}": error(logits, labels, values, rule) for rule in ("expectation", "median", "argmax")},
         "macro MAE": op.metrics.macro_mae(logits, labels, values),
         "accuracy": op.metrics.accuracy(logits, labels),
         "kappa": op.metrics.quadratic_weighted_kappa(logits, labels),
@@ -128,7 +140,8 @@ def in_one_sentence(main: Callable[[], None]) -> None:
             constants.HF_HUB_OFFLINE = True  # the environment variable has been read already
     try:
         main()
-    except (DataError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+    except Exception as error:
+        mistake = isinstance(error, (DataError, ValueError, OSError)) or "Misconfiguration" in type(error).__name__
+        if not mistake or os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} (TRACEBACK=1 shows where.)")

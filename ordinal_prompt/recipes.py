@@ -78,11 +78,13 @@ def parameter_groups(
             Meant for Adam-style optimizers, whose steps are normalized; pass 1 for SGD.
 
     Raises:
-        ValueError: no prompt head in the model.
+        ValueError: no prompt head in the model; a negative learning rate.
         TypeError: no model.
 
     Example: `torch.optim.AdamW(op.parameter_groups(model, lr=1e-3))`.
     """
+    if not 0 <= lr < float("inf"):  # which torch checks of no group that has its own
+        raise ValueError(f"Expected `lr` to be finite and not negative, but got {lr}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]

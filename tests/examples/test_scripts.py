@@ -101,6 +101,8 @@ def test_cached_features(
     [
         ("finetune_images.py", [], "No data: pass --data"),
         ("finetune_images.py", ["--data", "nowhere.csv"], "nowhere.csv"),
+        ("finetune_images.py", ["--data", "images", "--backbone", "resnet0"], "timm has no model 'resnet0'"),
+        ("finetune_images.py", ["--data", "images", "--devices", "0", *map(str, IMAGES)], "devices=0"),
         ("clip_features.py", ["--data", "images", "--clip", "ViT-B-33"], "no model 'ViT-B-33'; did you mean ViT-B-32"),
         ("clip_features.py", ["--data", "images", "--weights", "openai"], "no hub can be reached"),
         ("finetune_text.py", ["--data", "words.csv"], "labels good, bad are no numbers"),
@@ -123,6 +125,27 @@ def test_mistakes_end_with_one_sentence(
         Image.new("L", (8, 8), i).save(path)
     with pytest.raises(SystemExit, match=re.escape(match)):
         call(monkeypatch, script, *options, cwd=tmp_path)
+
+
+def test_a_command_that_was_mistaken_leaves_no_run_behind(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", photos, *IMAGES, "--head", "linear", "--lr", 1e-3, "--epochs", 1, "--output", "out")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="`context`"):
+            call(monkeypatch, "finetune_images.py", *options, "--head", "prompt", "--context", "{rank}", cwd=tmp_path)
+    call(monkeypatch, "finetune_images.py", *options, cwd=tmp_path)
+    with pytest.raises(SystemExit, match="holds a run"):
+        call(monkeypatch, "finetune_images.py", *options, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--size", "--shots"])
+def test_numbers_that_make_no_sense(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "finetune_images.py", "--data", "images", option, 0, cwd=tmp_path)
+    assert f"{option}: expected at least 1, but got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -215,6 +215,7 @@ LOGITS, LABELS = torch.zeros(8, 5), torch.arange(8) % 5
             "`model` to be a torch.nn.Module, but got str",
         ),
         (lambda: op.load_exported(nn.Linear(2, 2), {}), ValueError, "do not fit Linear: weight, bias missing. Pass"),
+        (lambda: op.parameter_groups(op.OrdinalPromptHead(tiny_clip(), 3), lr=-1.0), ValueError, "`lr` to be finite"),
         (lambda: op.parameter_groups(iter([]), lr=1.0), TypeError, "`model` to be a torch.nn.Module"),
         (lambda: op.fit_head(nn.Linear(2, 2), LOGITS, LABELS), TypeError, "`head` to be an OrdinalPromptHead"),
         (lambda: op.regularization(nn.Linear(2, 2), 8), TypeError, "`head` to be an OrdinalPromptHead"),
