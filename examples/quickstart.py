@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import load_text_encoder, plt
+from matplotlib import pyplot as plt
+from runs import load_text_encoder
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor, nn
 
 import ordinal_prompt as op
 
-VALUES = [-4, -3, -2, -1, 0, 1, 2, 3]
 NAMES = ["extremely negative", "very negative", "negative", "slightly negative", "neutral", "slightly positive"]
 NAMES += ["positive", "very positive"]
 CONTEXT, RECIPE = "the feeling of this word is", op.recipe(NAMES, prompts="fitted")
@@ -35,7 +35,7 @@ def rated_words() -> tuple[list[str], Tensor]:
     lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
     rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
     rated = {word: round(float(rating)) for word, rating, *_ in rows if re.fullmatch("[a-z]{3,}", word)}
-    return list(rated), op.rank_indices(list(rated.values()), VALUES)
+    return list(rated), op.rank_indices(list(rated.values()), [*range(-4, 4)])
 
 
 @torch.no_grad()
