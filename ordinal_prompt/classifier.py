@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from ordinal_prompt.calibration import adapt_prior
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import linear_layer
 from ordinal_prompt.fitting import fit_head, fit_map
@@ -38,6 +39,9 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         pretrained: weights of an open_clip model given by its name.
         context: words around the rank's name, with {} in its place or in front of it.
         in_space: whether features live in the text encoder's space; None: where their width is that of the encoder.
+        priors: (K,) frequencies of the ranks where predictions are made, if they are known and training samples were
+            chosen otherwise (as many of each rank, say); a dictionary or a pandas Series gives them by label.  Default
+            those of `fit`.  See `ordinal_prompt.adapt_prior`.
         rule: what `predict` gives: the `"median"` rank, which minimises the expected absolute error, or `"argmax"`.
         verbose: print the loss of every tenth step.
 
@@ -62,6 +66,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         pretrained: str | None = None,
         context: str = "",
         in_space: bool | None = None,
+        priors: Any = None,
         rule: str = "median",
         verbose: bool = False,
     ) -> None:
@@ -71,6 +76,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.pretrained = pretrained
         self.context = context
         self.in_space = in_space
+        self.priors = priors
         self.rule = rule
         self.verbose = verbose
 
@@ -78,7 +84,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         """Fits to features (N, D) and labels (N,), which `ranks` hold; `sample_weight` (N,) counts like repetitions.
 
         Raises:
-            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks.
+            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks, `priors` of others.
         """
         if self.rule not in ("median", "argmax"):
             raise ValueError(f"Expected `rule` to be 'median' or 'argmax', but got {self.rule!r}.")
@@ -91,13 +97,15 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         features = torch.tensor(X)  # a copy: memory-mapped arrays cannot be written to
         if weight is not None:
             weight = torch.tensor(weight)
-        progress = _print if self.verbose else None
+        progress, offset = _print if self.verbose else None, self._offset(indices, weight)
         self.head_: OrdinalPromptHead | None = None
         if self.text_encoder is None:
             fitted = fit_map(features, indices, len(self.classes_), sample_weight=weight, progress=progress)
-            self._layers: nn.Module = linear_layer(fitted.weight, fitted.bias)
+            self._layers: nn.Module = linear_layer(fitted.weight, fitted.bias + offset)
         else:
             self.head_ = fit_head(self._head(X.shape[1]), features.float(), indices, weight, progress).eval()
+            bias: Any = self.head_.residual_bias
+            bias.data += offset / self.head_.config.residual
             self._layers = self.head_.export()
         return self
 
@@ -134,6 +142,19 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         with torch.no_grad():
             logits: Tensor = self._layers(torch.tensor(X, dtype=dtype))
         return logits.double()
+
+    def _offset(self, indices: Tensor, weight: Tensor | None) -> Tensor:
+        """(K,) what `priors` add to the logits; half a sample more of each rank, for those that do not occur."""
+        labels, priors = self.classes_.tolist(), self.priors
+        if priors is None:
+            return torch.zeros(len(labels), dtype=torch.float64)
+        priors = priors.to_dict() if hasattr(priors, "to_dict") else priors
+        if isinstance(priors, Mapping):
+            if {*priors} != {*labels}:
+                raise ValueError(f"Expected `priors` of the ranks {labels}, but got those of {[*priors]}.")
+            priors = [priors[label] for label in labels]
+        counts = torch.bincount(indices, weight, minlength=len(labels)).double() + 0.5
+        return torch.tensor(adapt_prior(torch.zeros(1, len(labels)), counts, priors).bias, dtype=torch.float64)
 
     def _ranks(self, y: Array) -> Array:
         found = np.unique(y)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
@@ -52,6 +53,27 @@ def test_labels_of_any_ordered_kind(ranks: Any, width: int, clip: Any, tokenizer
     logits = classifier.export()(torch.tensor(features, dtype=torch.float32))
     np.testing.assert_allclose(logits.softmax(1), probabilities, atol=1e-5)
     assert (classifier.head_.in_features, classifier.head_.projection is None) == (width, width == 12)
+
+
+@pytest.mark.parametrize("width", [12, 7, None])  # None: without a text encoder
+def test_known_frequencies_of_the_ranks(width: int | None, clip: Any, tokenizer: Any) -> None:
+    features, labels = task(NAMES, width=width or 12)
+    labels = np.where(np.arange(60) < 20, "bad", labels)
+    options = {"tokenizer": tokenizer, "context": "it is"} if width else {}
+    plain = op.OrdinalPromptClassifier(clip if width else None, NAMES, **options).fit(features, labels)
+    logits = torch.tensor(plain.decision_function(features))
+    counts = [float((labels == name).sum()) + 0.5 for name in NAMES]
+    expected = op.adapt_prior(logits, counts, [1, 2, 5])(logits).softmax(1)
+    shuffled = {"good": 5, "bad": 1, "fair": 2}
+    for priors in ([1, 2, 5], np.array([0.125, 0.25, 0.625]), shuffled, pd.Series(shuffled)):
+        adapted = clone(plain).set_params(priors=priors).fit(features, labels)
+        np.testing.assert_allclose(adapted.predict_proba(features), expected, atol=1e-5)
+        layers = adapted.export()
+        exported = layers(torch.tensor(features, dtype=next(layers.parameters()).dtype))
+        np.testing.assert_allclose(exported.softmax(1), expected, atol=1e-5)
+    for wrong, message in (([1, 2], "3 frequencies above zero"), ({"bad": 1, "ok": 2}, "of the ranks .*those of")):
+        with pytest.raises(ValueError, match=message):
+            clone(plain).set_params(priors=wrong).fit(features, labels)
 
 
 def test_it_stays_itself(clip: Any, tokenizer: Any) -> None:
