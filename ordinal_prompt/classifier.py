@@ -84,7 +84,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         """Fits to features (N, D) and labels (N,), which `ranks` hold; `sample_weight` (N,) counts like repetitions.
 
         Raises:
-            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks, `priors` of others.
+            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks, unfit `priors`.
         """
         if self.rule not in ("median", "argmax"):
             raise ValueError(f"Expected `rule` to be 'median' or 'argmax', but got {self.rule!r}.")
