@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from ordered_data import check_images, open_image, rank_labels, read_images, split
-from runs import in_one_sentence, load_text_encoder, metrics, plot, report, weights
+from runs import at_least, in_one_sentence, load_text_encoder, metrics, plot, report, weights
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--clip", default="ViT-B-32", help="an open_clip model; default %(default)s")
     parser.add_argument("--weights", help="a pretrained tag of open_clip, or a file")
     parser.add_argument("--context", default="a photo of {} quality", help="default %(default)s")
-    parser.add_argument("--shots", type=int, help="training images per rank")
+    parser.add_argument("--shots", type=at_least(1), help="training images per rank")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--output", type=Path, default=Path("outputs/clip"))
     options = parser.parse_args()

@@ -29,12 +29,12 @@ from matplotlib import pyplot as plt
 def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
     """The type of an option whose values start at `least`."""
 
-    def read(text: str) -> Any:
+    def number(text: str) -> Any:
         if not kind(text) >= least:
             raise argparse.ArgumentTypeError(f"expected at least {least}, but got {text}")
         return kind(text)
 
-    return read
+    return number
 
 
 def new_parser(told: str | None, output: str) -> argparse.ArgumentParser:

@@ -177,7 +177,7 @@ class OrdinalPromptHeads(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, training: str = "", limits: str = "", **options: Any) -> Any:
         """Saves the heads into a repository of the Hugging Face hub; see `OrdinalPromptHead.push_to_hub`."""
-        card = sharing.model_card(self, {name: self[name] for name in self}, repo_id, training, limits)
+        card = sharing.model_card({name: self[name] for name in self}, repo_id, training, limits)
         return sharing.push(self, repo_id, card, options)
 
     @classmethod

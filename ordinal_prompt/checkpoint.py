@@ -147,9 +147,16 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
 
 
 def shared_text_encoder(folders: Sequence[Path]) -> Any:
-    """The text encoder that the heads in all folders name, loaded once; None where they name none, or several."""
-    first, *others = [_read(folder)[0]["source"] for folder in folders]
-    return hub.load_source(first) if hub.is_known(first) and all(source == first for source in others) else None
+    """The text encoder of open_clip that the heads in all folders name, loaded once; None where there is no such."""
+    first, *others = map(read_source, folders)
+    one = all(source == first for source in others) and not first.get("class")
+    return hub.load_source(first) if one and hub.is_known(first) else None
+
+
+def read_source(folder: Path) -> dict[str, Any]:
+    """What a saved head says of its text encoder; empty where it says nothing."""
+    source: dict[str, Any] | None = _read(folder)[0]["source"]
+    return source or {}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

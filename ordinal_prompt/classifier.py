@@ -105,7 +105,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         else:
             self.head_ = fit_head(self._head(X.shape[1]), features.float(), indices, weight, progress).eval()
             bias: Any = self.head_.residual_bias
-            bias.data += offset / self.head_.config.residual
+            bias.data += (offset / self.head_.config.residual).to(bias)
             self._layers = self.head_.export()
         return self
 
@@ -153,6 +153,8 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             if {*priors} != {*labels}:
                 raise ValueError(f"Expected `priors` of the ranks {labels}, but got those of {[*priors]}.")
             priors = [priors[label] for label in labels]
+        if weight is not None:
+            weight = weight * (len(weight) / weight.sum())
         counts = torch.bincount(indices, weight, minlength=len(labels)).double() + 0.5
         return torch.tensor(adapt_prior(torch.zeros(1, len(labels)), counts, priors).bias, dtype=torch.float64)
 

@@ -45,7 +45,7 @@ class ConformalRanks:
     """
 
     def __init__(self, coverage: float = 0.9, score: str = "cdf", by_rank: bool = False) -> None:
-        if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
+        if isinstance(coverage, str) or not 0 < coverage < 1:
             raise ValueError(f"Expected `coverage` in (0, 1), but got {coverage!r}.")
         if score not in SCORES:
             raise ValueError(f"Expected `score` to be one of {SCORES}, but got {score!r}.")

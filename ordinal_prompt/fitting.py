@@ -88,6 +88,7 @@ def fit_head(
 
     Raises:
         ValueError: a head without a residual, labels or weights that do not fit, features that are not finite.
+        TypeError: no head.
     """
     if not isinstance(head, OrdinalPromptHead):
         raise TypeError(f"Expected `head` to be an OrdinalPromptHead, but got {type(head).__name__}.")
@@ -135,6 +136,7 @@ def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
 
     Raises:
         ValueError: a head without a residual, or with a projection; no samples.
+        TypeError: no head.
     """
     if not isinstance(head, OrdinalPromptHead):
         raise TypeError(f"Expected `head` to be an OrdinalPromptHead, but got {type(head).__name__}.")

@@ -37,14 +37,16 @@ def cross_entropy_loss(
         label_smoothing: share of the target that is spread over all ranks.
         sample_weight: (B,) weights of the samples in the mean; 0 leaves one out.
     """
-    logits = _wide(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if rank_weights is None else rank_weights.to(logits)
     if labels.dim() == 1 and sample_weight is None and weights is None:
         return F.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
     log_probs, shares = F.log_softmax(logits, dim=1), rank_shares(labels, logits)
     weights = torch.ones_like(logits[0]) if weights is None else weights
     of_sample = shares @ weights
-    if _are_ranges(labels):
+    if labels.dim() == 1:
+        loss = F.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
+    elif _are_ranges(labels):
         loss = -log_probs.masked_fill(shares == 0, -torch.inf).logsumexp(dim=1) * of_sample
     else:
         loss = -(shares * weights * log_probs).sum(dim=1)
@@ -54,7 +56,8 @@ def cross_entropy_loss(
     if sample_weight is not None:
         of_sample = of_sample * sample_weight.to(logits)
         loss = torch.where(sample_weight > 0, loss * sample_weight.to(logits), 0)
-    return loss.sum() / of_sample.sum().clamp_min(torch.finfo(logits.dtype).tiny)
+    total = of_sample.sum()  # zero where no sample has weight; the loss is then zero, too
+    return torch.where(total > 0, loss.sum(), 0) / total.clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 def kl_loss(
@@ -73,7 +76,7 @@ def kl_loss(
         rank_weights: (K,) weights; the mean over the ranks present is then weighted.
         sample_weight: (B,) weights of the samples in both softmaxes; 0 leaves one out.
     """
-    logits = _wide(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     target, prediction = TARGET_LOGIT * (shares := rank_shares(labels, logits)), logits
     if sample_weight is not None:
         left_out = sample_weight[:, None] <= 0
@@ -103,10 +106,6 @@ def rank_shares(labels: Tensor, logits: Tensor) -> Tensor:
 
 def _are_ranges(labels: Tensor) -> bool:
     return labels.dim() == 2 and not labels.is_floating_point()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class OrdinalPromptLoss(nn.CrossEntropyLoss):

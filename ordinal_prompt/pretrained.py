@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ class Pretrained(RankPrototypes):
             ValueError: as `save_pretrained`.
             FileNotFoundError, ConnectionError: no such repository for you, or a hub that cannot be reached.
         """
-        return sharing.push(self, repo_id, sharing.model_card(self, {"": self}, repo_id, training, limits), options)
+        return sharing.push(self, repo_id, sharing.model_card({"": self}, repo_id, training, limits), options)
 
     @classmethod
     def from_pretrained(
@@ -72,8 +73,9 @@ class Pretrained(RankPrototypes):
             folder: a folder; or "user/name", a repository of the Hugging Face hub.
             text_encoder: the one that the head was trained with; if it was saved as trainable, it takes on the weights
                 that were saved.  Without it, open_clip loads the model that `from_open_clip` named, and transformers
-                one of a hub.  A head on any other text encoder, or with `text_encoder=False`, comes back with its
-                prototypes alone (`text_encoder` is None): it predicts and exports, but its prompts learn no more.
+                one that came from a hub; if that gives other prototypes or cannot be had, a warning says so.  Then, on
+                any other text encoder, or with `text_encoder=False`, a head comes back with its prototypes alone
+                (`text_encoder` is None): it predicts and exports, but its prompts learn no more.
             revision: a branch, tag or commit of the repository.
             token: for private repositories; default the one that huggingface_hub has stored.
             cache_dir: where downloads go; default that of huggingface_hub.
@@ -81,9 +83,21 @@ class Pretrained(RankPrototypes):
         Raises:
             FileNotFoundError: no such folder or repository, or files missing in it.
             ConnectionError: a hub that cannot be reached.
-            ValueError: damaged files; a text encoder that is not there, or of another width, or with other weights.
+            ValueError: damaged files; a text encoder of another width, or with other weights.
         """
-        saved = checkpoint.load(sharing.local_folder(folder, revision, token, cache_dir), text_encoder)
+        folder = sharing.local_folder(folder, revision, token, cache_dir)
+        if text_encoder is None and checkpoint.read_source(folder).get("class"):
+            try:
+                return cls._load(folder, None)
+            except Exception as error:  # the name may stand for other weights by now, or for nothing
+                told = "The prototypes alone were loaded, which predict and export; to train, pass the text encoder."
+                warnings.warn(f"{told} The one that is named does not serve: {error}", stacklevel=2)
+                text_encoder = False
+        return cls._load(folder, text_encoder)
+
+    @classmethod
+    def _load(cls: type[Head], folder: Path, text_encoder: Any) -> Head:
+        saved = checkpoint.load(folder, text_encoder)
         head = cls.__new__(cls)
         head._assemble(saved.config, saved.prompt, saved.text_encoder, saved.embed_dim, None)
         head._source = saved.source

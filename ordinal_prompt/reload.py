@@ -35,6 +35,7 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     Raises:
         FileNotFoundError: no such folder or file, or no weights in it.
         ValueError: weights that belong to another architecture, or are not all there; they are listed.
+        TypeError: no model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")

@@ -57,11 +57,10 @@ HEAD = """
 """
 
 
-def model_card(head: Any, heads: Mapping[str, Any], repo: str, training: str, limits: str) -> str:
+def model_card(heads: Mapping[str, Any], repo: str, training: str, limits: str) -> str:
     """The README of a repository, in Markdown.
 
     Args:
-        head: what is shared: a head, or several.
         heads: by attribute; of one head, under the name "".
         training, limits: what is said of them.
     """
@@ -71,7 +70,7 @@ def model_card(head: Any, heads: Mapping[str, Any], repo: str, training: str, li
         title=repo.rpartition("/")[2],
         repo=repo,
         what="Classification heads" if "" not in heads else "A classification head",
-        kind=type(head).__name__,
+        kind="OrdinalPromptHead" if "" in heads else "OrdinalPromptHeads",
         without="" if all(is_known(one._source) for one in heads.values()) else ", text_encoder=False",
         width=first.in_features,
         gives=f"logits (…, {first.num_ranks})" if "" in heads else "a dictionary of logits",
@@ -90,7 +89,7 @@ def _described(head: Any) -> str:
     return HEAD.format(
         ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),
         encoder=described(head._source) if head._source else type(head.text_encoder).__name__,
-        context=_code(str(config.context)) if words else f"{config.context} tokens, started at random",
+        context=_code(str(config.context) or "none") if words else f"{config.context} tokens, started at random",
         settings=", ".join(_code(f"{name}={value!r}") for name, value in changed.items()) or "none",
     )
 

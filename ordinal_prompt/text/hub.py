@@ -44,7 +44,7 @@ def source_of(text_encoder: Any) -> dict[str, Any] | None:
     model = text_encoder.model if wrapped else text_encoder
     config, kind = getattr(model, "config", None), type(model).__name__
     name = getattr(config, "_name_or_path", None) or ""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).exists():
         return None
     if getattr(sys.modules.get("transformers"), kind, None) is not type(model):  # code of another's, which may be gone
         return None
@@ -53,7 +53,7 @@ def source_of(text_encoder: Any) -> dict[str, Any] | None:
 
 
 def is_known(source: Mapping[str, Any] | None) -> bool:
-    """Whether a source gives the same weights each time."""
+    """Whether a source names weights."""
     return source is not None and bool(source.get("pretrained") or source.get("class"))
 
 
@@ -70,11 +70,13 @@ def load_source(source: Mapping[str, Any]) -> Any:
         import transformers
 
         kind = getattr(transformers, source["class"])
-        model = kind.from_pretrained(source["name"], revision=source["revision"] or "main")
+        if not issubclass(kind, transformers.PreTrainedModel):
+            raise ValueError(f"{source['class']} is no model.")
+        model = kind.from_pretrained(source["name"], revision=source["revision"] or "main", use_safetensors=True)
         return TransformersTextEncoder(model, source["pooling"])
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, ImportError, OSError, ValueError) as error:
         raise (ConnectionError if is_offline(error) else ValueError)(
-            f"Could not load the text encoder of the head, {described(source)}: {error} Or load the prototypes alone, "
+            f"Could not load the text encoder of the head, {described(source)} ({error}). Load the prototypes alone, "
             "which predict and export, with from_pretrained(folder, text_encoder=False)."
         ) from error
 

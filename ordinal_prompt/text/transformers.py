@@ -147,7 +147,8 @@ def text_model(model: Any) -> Any:
     """The model itself, the encoder of an encoder-decoder, or what a model with a task's head builds on."""
     if hasattr(model, "get_text_features") or hasattr(model, "text_projection"):  # features of its own
         return model
-    if re.search("For[A-Z]|Head", type(model).__name__):
+    kind = type(model)  # models of others may build on one of transformers, too
+    if re.search("For[A-Z]|Head|Decoder$", kind.__name__) or not kind.__module__.startswith("transformers."):
         model = getattr(model, "base_model", model)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()

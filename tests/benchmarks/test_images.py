@@ -124,8 +124,8 @@ def test_networks_are_tuned_on_few_photographs(
     monkeypatch.setattr(sys, "argv", ["tuned.py", "--folder", str(tmp_path), "--shots", "2", "--seeds", "0"])
     tuned.main()
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("{'head'") for line in lines) == 4
-    assert "frozen, expectation" in lines[4]
+    assert sum(line.startswith("{'head'") for line in lines) == 5
+    assert "frozen, expectation" in lines[5]
 
 
 def test_what_is_neither_a_folder_nor_a_data_set_is_told() -> None:

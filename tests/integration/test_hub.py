@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, hub_mixin
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 import ordinal_prompt as op
 
@@ -157,15 +158,35 @@ def test_a_text_model_that_transformers_loaded_from_a_hub_is_found_again(
     again(torch.randn(2, 16)).sum().backward()
     assert again.prompt.rank_embeddings.grad is not None
     assert op.OrdinalPromptHead.from_pretrained("user/reviews", text_encoder=False).text_encoder is None
-    loads(monkeypatch, bert(seed=1))
     with pytest.raises(ValueError, match=r"other prototypes.*text_encoder=False"):
-        op.OrdinalPromptHead.from_pretrained("user/reviews")
+        op.OrdinalPromptHead.from_pretrained("user/reviews", op.text.TransformersTextEncoder(bert(seed=1), "cls"))
 
 
-def test_a_text_model_that_cannot_be_downloaded(tokenizer: Any, tmp_path: Path) -> None:
-    op.OrdinalPromptHead(bert(), ["bad", "good"], tokenizer=tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ConnectionError, match=r"(?s)user/tiny-bert.*of transformers.*text_encoder=False"):
-        op.OrdinalPromptHead.from_pretrained(tmp_path)
+@pytest.mark.parametrize("found", ["nothing", "other weights", "another size", "no such class"])
+def test_a_name_that_does_not_serve_leaves_the_prototypes(
+    found: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = op.OrdinalPromptHead(bert(), ["bad", "good"], tokenizer=tokenizer).eval()
+    head.save_pretrained(tmp_path)
+    told = "user/tiny-bert.*of transformers"  # no hub can be reached
+    if found == "other weights":
+        told = "other prototypes"
+        loads(monkeypatch, bert(seed=1))
+    elif found == "another size":
+        told = "width"
+        loads(monkeypatch, transformers.BertModel(transformers.BertConfig(hidden_size=24, num_attention_heads=2)))
+    elif found == "no such class":
+        config = tmp_path / "ordinal_prompt.json"
+        text = config.read_text().replace('"BertModel"', '"BertConfig"')
+        tensors = load_file(tmp_path / "ordinal_prompt.safetensors")
+        save_file(tensors, tmp_path / "ordinal_prompt.safetensors", metadata={"config": text})
+        config.write_text(text)
+        told = "BertConfig is no model"
+    with pytest.warns(UserWarning, match=rf"(?s)prototypes alone were loaded.*{told}"):
+        again = op.OrdinalPromptHead.from_pretrained(tmp_path)
+    assert again.text_encoder is None
+    features = torch.randn(2, 16)
+    torch.testing.assert_close(again(features), head(features))
 
 
 def test_what_has_no_name_of_a_hub_is_not_looked_for(tokenizer: Any, tmp_path: Path) -> None:

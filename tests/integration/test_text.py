@@ -448,6 +448,20 @@ def test_clip_like_text_models_by_their_own_pooled_feature(kind: str, tokenizer:
     assert_own_features(model, tokenizer, model)
 
 
+def test_models_of_others_around_one_of_transformers(tokenizer: Any) -> None:
+    class Rater(transformers.BertPreTrainedModel):  # type: ignore[name-defined]  # loaded lazily by transformers
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert, self.classifier = transformers.BertModel(config), torch.nn.Linear(16, 2)
+
+        def forward(self, *given: Any, **options: Any) -> Tensor:
+            rated: Tensor = self.classifier(self.bert(*given, **options).last_hidden_state[:, 0])
+            return rated
+
+    model = Rater(transformers.BertConfig(**TEXT_SIZES)).eval()
+    assert op.OrdinalPromptHead(model, NAMES, tokenizer=tokenizer).embed_dim == 16
+
+
 def test_a_model_that_fails_on_prompts_is_refused_at_once(tokenizer: Any) -> None:
     class Broken(transformers.BertModel):  # type: ignore[name-defined]  # loaded lazily by transformers
         def forward(self, *_: Any, **__: Any) -> None:

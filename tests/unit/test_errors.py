@@ -233,8 +233,15 @@ def test_bad_calls(call: Callable[[], Any], error: type[Exception], match: str) 
 
 
 def test_a_batch_of_ranks_without_weight_has_no_loss() -> None:
-    loss = op.OrdinalPromptLoss(rank_weights=[0, 1, 1, 1, 1])
-    logits = torch.randn(3, 5, requires_grad=True)
-    loss(logits, torch.zeros(3, dtype=torch.long)).backward()
-    assert logits.grad is not None
-    assert not logits.grad.any()
+    for smoothing in (0.0, 0.1):
+        loss = op.OrdinalPromptLoss(rank_weights=[0, 1, 1, 1, 1], label_smoothing=smoothing)
+        logits = torch.randn(3, 5, requires_grad=True)
+        loss(logits, torch.zeros(3, dtype=torch.long)).backward()
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+
+def test_ranks_that_are_masked_out_leave_weighted_losses_finite() -> None:
+    logits = torch.tensor([[1.0, 0.0, -torch.inf]])
+    loss = op.OrdinalPromptLoss(kl_weight=0, rank_weights=[1, 1, 1])(logits, torch.tensor([0]))
+    assert loss.item() == pytest.approx(0.3133, abs=1e-4)
