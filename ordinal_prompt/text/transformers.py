@@ -86,7 +86,7 @@ class TransformersHalf(TextHalf):
         # the pooler, as that of BERT, was made for something else.
         has_pooler = any(name.rpartition(".")[2] == "pooler" for name, _ in model.named_modules())
         self.own_pooling = hasattr(model, "get_text_features") or "clip" in kind or not has_pooler
-        self.gives_own = False
+        self.gives_own: bool | None = None  # until the first prompt has gone through
         self.checked(table)
         if known is None and not self.gives_own and not table.is_meta and self._is_causal(table):
             raise ValueError(
@@ -112,7 +112,8 @@ class TransformersHalf(TextHalf):
         features: Any = output if isinstance(output, Tensor) else getattr(output, "text_embeds", None)
         if features is None and self.own_pooling:
             features = getattr(output, "pooler_output", None)
-        self.gives_own = features is not None
+        if self.gives_own is None:
+            self.gives_own = features is not None
         if features is not None:
             return features  # type: ignore[no-any-return]
         if self.pooling == "cls":
