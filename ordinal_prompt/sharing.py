@@ -89,7 +89,7 @@ def _described(head: Any) -> str:
     return HEAD.format(
         ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),
         encoder=described(head._source) if head._source else type(head.text_encoder).__name__,
-        context=_code(str(config.context) or "none") if words else f"{config.context} tokens, started at random",
+        context=(_code(str(config.context)) or "none") if words else f"{config.context} tokens, started at random",
         settings=", ".join(_code(f"{name}={value!r}") for name, value in changed.items()) or "none",
     )
 
@@ -100,7 +100,9 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Any text as code on one line, between more backticks than it holds in a row."""
+    """Any text as code on one line, between more backticks than it holds in a row; no text as it is."""
+    if not text.strip():
+        return ""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"

@@ -11,6 +11,7 @@ from task import Task
 from torch import Tensor
 
 import ordinal_prompt as op
+from ordinal_prompt.fitting import fit_map
 
 STEPS, RATE = 60, 0.01  # of learned prompts, which the recipe gives a twentieth of the rate
 
@@ -59,6 +60,16 @@ def fitted(
     return Estimator(fit)
 
 
+def without_text(task: Task) -> Estimator:
+    """The fit around zero, as of features that language says nothing about."""
+
+    def fit(x: Tensor, y: Tensor) -> Any:
+        fitted = fit_map(x, y, task.num_ranks)
+        return lambda z: (z.double() @ fitted.weight.T + fitted.bias).softmax(dim=1).float()
+
+    return Estimator(fit)
+
+
 def learn(head: op.OrdinalPromptHead, x: Tensor, y: Tensor) -> None:
     """Full batches, a fixed number of steps, no validation."""
     head.train()
@@ -77,6 +88,7 @@ PROMPT_HEADS: dict[str, Build] = {
     "ours-fitted-two-bases": partial(fitted, num_base_ranks=2),
     "ours-fitted-names": partial(fitted, interpolation=None),  # each name where the text encoder puts it
     "ours-fitted-numbers": partial(fitted, named=False),
+    "ours-fitted-no-text": without_text,
     "ours-fitted-em": partial(fitted, prior="em"),
     "ours-fitted-known": partial(fitted, prior="known"),
 }
