@@ -89,7 +89,9 @@ def calibrate(logits: Tensor, labels: Labels, bias: bool = True) -> Calibration:
     return Calibration(float(log_temperature.detach().exp()), tuple(offset.detach().tolist()))
 
 
-def adapt_prior(logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | None = None) -> Calibration:
+def adapt_prior(
+    logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | None = None, smoothing: float = 0.0
+) -> Calibration:
     """The bias that brings logits from the rank frequencies of training to those of another place.
 
     Args:
@@ -97,10 +99,17 @@ def adapt_prior(logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | N
         train_prior: (K,) frequencies or counts of the ranks in training (uniform after balanced few-shot training).
         prior: (K,) those of the other place, if they are known; default: estimated from the logits by EM (Saerens et
             al., Neural Computation 2002).
+        smoothing: of the estimate: ties the changes of neighbouring ranks.  0 is EM as it was published, which needs
+            calibrated logits that tell the ranks apart; with 0.02, what a model cannot tell changes little, and it
+            does little harm after training with few labels (measured in `benchmarks/heads/RESULTS.md`).  The penalty
+            is smoothing·(K-1) times the squared differences of neighbouring biases, in nats per sample.
 
     Raises:
-        ValueError: frequencies that are negative, or of another number than ranks; no logits to estimate them from.
+        ValueError: frequencies that are negative, or of another number than ranks; no logits to estimate them from; a
+            negative `smoothing`.
     """
+    if not 0 <= smoothing < float("inf"):
+        raise ValueError(f"Expected `smoothing` to be finite and not negative, as 0.02, but got {smoothing}.")
     ranks = logits.shape[-1]
     before = _frequencies(train_prior, "train_prior", ranks)
     if prior is not None:
@@ -112,14 +121,38 @@ def adapt_prior(logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | N
                 f"Expected finite `logits` of samples to estimate the prior from, but got {len(z)} samples, or NaN or "
                 "infinity; pass `prior` if it is known."
             )
-        after = before.clone()
-        for _ in range(EM_STEPS):
-            last = after
-            after = (z + (last / before).log()).softmax(dim=1).mean(dim=0)
-            if float((after - last).abs().max()) < EM_TOLERANCE:
-                break
+        after = _smoothed_frequencies(z, before, smoothing) if smoothing else _likely_frequencies(z, before)
     ratio = (after.clamp_min(1e-12) / before).log()
     return Calibration(1.0, tuple((ratio - ratio.mean()).tolist()))
+
+
+def _likely_frequencies(logits: Tensor, before: Tensor) -> Tensor:
+    """(K,) under which samples of the logits (N, K) are most likely, by EM."""
+    after = before
+    for _ in range(EM_STEPS):
+        last = after
+        after = (logits + (last / before).log()).softmax(dim=1).mean(dim=0)
+        if float((after - last).abs().max()) < EM_TOLERANCE:
+            break
+    return after
+
+
+def _smoothed_frequencies(logits: Tensor, before: Tensor, smoothing: float) -> Tensor:
+    """The same with a penalty on differences between neighbouring biases, by L-BFGS from no change."""
+    log_probs, strength = logits.log_softmax(dim=1), smoothing * (len(before) - 1)
+    bias = torch.zeros_like(before, requires_grad=True)
+    optimizer = torch.optim.LBFGS([bias], max_iter=EM_STEPS, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        likelihood = (log_probs + bias).logsumexp(dim=1).mean() - (before.log() + bias).logsumexp(dim=0)
+        loss = strength * bias.diff().square().sum() - likelihood
+        loss.backward()
+        return float(loss.detach())
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return (before.log() + bias.detach()).softmax(dim=0)
 
 
 def _frequencies(numbers: RankNumbers, name: str, ranks: int) -> Tensor:

@@ -17,7 +17,12 @@ STEPS, RATE = 60, 0.01  # of learned prompts, which the recipe gives a twentieth
 
 
 def fitted(
-    task: Task, named: bool = True, learned: bool = False, prior: str | None = None, **changes: Any
+    task: Task,
+    named: bool = True,
+    learned: bool = False,
+    prior: str | None = None,
+    smoothing: float = 0.0,
+    **changes: Any,
 ) -> Estimator:
     """`op.fit_head` around the prototypes of the names; outside the text encoder's space, around zero.
 
@@ -25,6 +30,7 @@ def fitted(
         named: False calls the ranks by their numbers.
         prior: that of the place where the head is used, by `op.adapt_prior`: `"em"` estimates it from the features that
             are to be predicted, `"known"` is that of the whole training part.
+        smoothing: of that estimate.
         learned: train the prompts and everything else from the fit on, with `op.regularization`.
         changes: options of the head in place of the recipe's.
     """
@@ -52,7 +58,7 @@ def fitted(
 
         def predict(z: Tensor) -> Tensor:
             logits = head(z)
-            adapted: Tensor = op.adapt_prior(logits, counts, known)(logits)
+            adapted: Tensor = op.adapt_prior(logits, counts, known, smoothing)(logits)
             return adapted.softmax(dim=1)
 
         return predict
@@ -90,5 +96,6 @@ PROMPT_HEADS: dict[str, Build] = {
     "ours-fitted-numbers": partial(fitted, named=False),
     "ours-fitted-no-text": without_text,
     "ours-fitted-em": partial(fitted, prior="em"),
+    "ours-fitted-em-smooth": partial(fitted, prior="em", smoothing=0.02),
     "ours-fitted-known": partial(fitted, prior="known"),
 }

@@ -77,6 +77,26 @@ def test_em_finds_the_prior_of_another_place() -> None:
     assert after > before
 
 
+def test_smoothed_estimate_is_the_optimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.eye(4)[torch.arange(200) % 4] * 2 + torch.randn(200, 4, generator=generator)
+    logits, before, strength = 2 * features.double(), [0.4, 0.3, 0.2, 0.1], 0.05
+    probs = logits.softmax(1).numpy()
+
+    def loss(bias: np.ndarray) -> float:
+        likelihood = np.log(probs @ np.exp(bias)).mean() - np.log(before @ np.exp(bias))
+        return float(strength * 3 * (np.diff(bias) ** 2).sum() - likelihood)
+
+    expected = scipy.optimize.minimize(loss, np.zeros(4), method="BFGS", tol=1e-9).x
+    found = op.adapt_prior(logits, before, smoothing=strength)
+    np.testing.assert_allclose(found.bias, expected - expected.mean(), atol=1e-4)
+    em, nearly, stiff = (op.adapt_prior(logits, before, smoothing=value).bias for value in (0, 1e-7, 1e5))
+    np.testing.assert_allclose(nearly, em, atol=1e-3)
+    np.testing.assert_allclose(stiff, np.zeros(4), atol=1e-4)
+    with pytest.raises(ValueError, match=r"`smoothing` to be finite and not negative, as 0\.02, but got -1"):
+        op.adapt_prior(logits, before, smoothing=-1)
+
+
 def test_mistakes() -> None:
     logits, labels = samples(10, torch.zeros(3), 1.0)
     with pytest.raises(ValueError, match="at least two samples"):
