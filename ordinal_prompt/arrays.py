@@ -21,8 +21,8 @@ def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
         TypeError: labels that are not integers, categories without an order.
         ValueError: missing labels.
     """
-    categories = getattr(labels, "cat", labels)  # of a pandas Series; a Categorical has the attributes itself
-    if hasattr(categories, "codes") and hasattr(categories, "ordered"):
+    if is_categorical(labels):
+        categories: Any = getattr(labels, "cat", labels)  # of a pandas Series; a Categorical has the attributes itself
         if not categories.ordered:
             raise TypeError(
                 f"Expected `{argument}` to be integers or ordered categories, but got categories without an order; "
@@ -42,6 +42,22 @@ def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
         hint = " that are whole numbers (pandas makes them so where values were missing)" if whole else ""
         raise TypeError(f"Expected `{argument}` to be integers, but got {tensor.dtype}{hint}; convert them to int.")
     return tensor.long()
+
+
+def is_categorical(data: Any) -> bool:
+    """Whether data are categories of pandas."""
+    categories: Any = getattr(data, "cat", data)
+    return hasattr(categories, "codes") and hasattr(categories, "ordered")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is one number, of Python, NumPy or torch."""
+    return hasattr(value, "__float__") and not getattr(value, "shape", ())
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def rank_tensor(numbers: RankNumbers, argument: str) -> Tensor:
@@ -103,4 +119,9 @@ def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tenso
         return torch.as_tensor(data, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kinds = sorted({type(item).__name__ for item in data}) if isinstance(data, list) else [type(data).__name__]
-        raise TypeError(f"Expected `{argument}` to be numbers, but got {', '.join(kinds)} ({error}).") from None
+        hint = f" ({error})"
+        if "str" in kinds:
+            hint = "; op.rank_indices makes indices of names"
+        elif isinstance(data, Mapping):
+            hint = "; pass the numbers of one key at a time"
+        raise TypeError(f"Expected `{argument}` to be numbers, but got {', '.join(kinds)}{hint}.") from None

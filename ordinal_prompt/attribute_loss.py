@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ordinal_prompt.arrays import is_number
 from ordinal_prompt.losses import OrdinalPromptLoss
 
 
@@ -41,17 +42,22 @@ class OrdinalPromptLosses(nn.Module):
         super().__init__()
         if not losses:
             raise ValueError("Expected the loss of at least one attribute, but got none.")
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"Expected `losses` to be a dictionary of losses, but got {type(losses).__name__}.")
         for name, loss in losses.items():
+            check_name(name)
             if not isinstance(loss, nn.Module):
                 raise TypeError(f"Expected the loss of {name!r} to be a module, but got {type(loss).__name__}.")
         self.losses = nn.ModuleDict(losses)
+        if weights is not None and not isinstance(weights, Mapping):
+            raise TypeError(f"Expected `weights` to be a dictionary of {_listed(losses)}, but got {weights!r}.")
         given = dict(weights or {})
         unknown = [name for name in given if name not in losses]
         if unknown:
             raise ValueError(f"Expected `weights` of {_listed(losses)}, but got one of {_listed(unknown)}.")
         for name, weight in given.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"Expected weights that are finite and not negative, but got {weight} for {name!r}.")
+            if not is_number(weight) or not 0 <= weight < math.inf:
+                raise ValueError(f"Expected weights that are finite and not negative, but got {weight!r} for {name!r}.")
         self.weights = {name: float(given.get(name, 1.0)) for name in losses}
 
     def forward(
@@ -84,10 +90,20 @@ class OrdinalPromptLosses(nn.Module):
                     "where no sample has a label, pass labels that are all `ignore_index`."
                 )
         weights = sample_weight if isinstance(sample_weight, Mapping) else dict.fromkeys(self.losses, sample_weight)
-        return {name: loss(logits[name], labels[name], weights.get(name)) for name, loss in self.losses.items()}
+        unknown = [name for name in weights if name not in self.losses]
+        if unknown:
+            raise ValueError(f"Expected `sample_weight` of {_listed(self.losses)}, but got one of {_listed(unknown)}.")
+        own = {name: [] if weights.get(name) is None else [weights[name]] for name in self.losses}
+        return {name: loss(logits[name], labels[name], *own[name]) for name, loss in self.losses.items()}
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
+
+
+def check_name(name: object) -> None:
+    """Raises ValueError for an attribute that cannot be the name of a module."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"Expected attributes that can be names of modules, but got {name!r}; choose another name.")
 
 
 def _listed(names: Iterable[str]) -> str:

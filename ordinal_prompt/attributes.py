@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt import checkpoint, sharing
-from ordinal_prompt.attribute_loss import OrdinalPromptLosses
+from ordinal_prompt.attribute_loss import OrdinalPromptLosses, check_name
 from ordinal_prompt.cache import traced
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.distributed import handed_out
@@ -253,14 +253,10 @@ def _check_heads(heads: Any) -> None:
         raise TypeError(f"Expected `heads` to be a dictionary of attributes, but got {type(heads).__name__}.")
     if not heads:
         raise ValueError("Expected a head for at least one attribute, but got none.")
-    reserved = nn.ModuleDict()
     for name, head in heads.items():
         if not isinstance(head, OrdinalPromptHead):
             raise TypeError(f"Expected the head of {name!r} to be an OrdinalPromptHead, but got {type(head).__name__}.")
-        if not isinstance(name, str) or not name or "." in name or hasattr(reserved, name):
-            raise ValueError(
-                f"Expected attributes that can be names of modules, but got {name!r}; choose another name."
-            )
+        check_name(name)
     if len({id(head) for head in heads.values()}) < len(heads):
         raise ValueError("Expected a head for each attribute, but got one of them twice; build each its own.")
     widths = {name: head.in_features for name, head in heads.items()}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import Labels, RankNumbers, rank_tensor
-from ordinal_prompt.samples import read_logits
+from ordinal_prompt.arrays import Labels, RankNumbers, is_number, number_tensor, rank_tensor
+from ordinal_prompt.frequencies import smoothed_change
+from ordinal_prompt.samples import read_logits, warn_of_probabilities
 
 EM_STEPS, EM_TOLERANCE = 1000, 1e-8
+LOWEST = -1e30  # in the place of -inf, of ranks that are masked
+MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,19 @@ class Calibration:
     temperature: float
     bias: tuple[float, ...]
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Calibrated logits (..., K)."""
-        if logits.shape[-1] != len(self.bias):
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < math.inf and all(math.isfinite(value) for value in self.bias)):
+            raise ValueError(f"Expected a finite `temperature` above zero and finite `bias`, but got {self}.")
+
+    def __call__(self, logits: Any) -> Tensor:
+        """Calibrated logits (..., K), of a tensor or an array."""
+        logits = number_tensor(logits, "logits")
+        if logits.shape[-1:] != (len(self.bias),):
             raise ValueError(f"Expected logits of {len(self.bias)} ranks, but got shape {tuple(logits.shape)}.")
-        return logits / self.temperature + torch.tensor(self.bias, dtype=logits.dtype, device=logits.device)
+        calibrated: Tensor = logits / self.temperature + torch.tensor(
+            self.bias, dtype=logits.dtype, device=logits.device
+        )
+        return calibrated
 
     @torch.no_grad()
     def fold(self, layers: nn.Module) -> nn.Module:
@@ -39,13 +52,18 @@ class Calibration:
 
         Raises:
             TypeError: layers that do not end in a linear one.
+            ValueError: layers of another number of ranks.
         """
         layers = copy.deepcopy(layers)
-        linear = layers[-1] if isinstance(layers, nn.Sequential) else layers
+        linear = layers
+        while isinstance(linear, nn.Sequential) and len(linear):
+            linear = linear[-1]
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"Expected layers that end in a linear one, but got {type(layers).__name__}; pass an export."
             )
+        if linear.out_features != len(self.bias):
+            raise ValueError(f"Expected layers of {len(self.bias)} ranks, but they have {linear.out_features}.")
         offset = torch.tensor(self.bias, dtype=linear.weight.dtype, device=linear.weight.device)
         linear.weight /= self.temperature
         before = 0 if linear.bias is None else linear.bias / self.temperature
@@ -53,7 +71,8 @@ class Calibration:
         return layers
 
 
-def calibrate(logits: Tensor, labels: Labels, bias: bool = True) -> Calibration:
+@torch.inference_mode(False)
+def calibrate(logits: Any, labels: Labels, bias: bool = True) -> Calibration:
     """Temperature, and a bias for each rank, that minimise the cross-entropy of held-out labels.
 
     Temperature scaling is that of Guo et al. (ICML 2017); the bias has a Gaussian prior (½‖b‖² over all samples), so
@@ -68,8 +87,9 @@ def calibrate(logits: Tensor, labels: Labels, bias: bool = True) -> Calibration:
         ValueError: fewer than two samples, labels outside the ranks.
     """
     z, y = read_logits(logits, labels)
-    if len(y) < 2 or not bool(z.isfinite().all()):
-        raise ValueError(f"Expected at least two samples with finite logits, but got {len(y)}.")
+    if len(y) < 2:
+        raise ValueError(f"Expected at least two samples to calibrate with, but got {len(y)}.")
+    z, y = z.clamp_min(LOWEST), y.clone()  # no inference tensors, which could not be differentiated
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=bias)
     optimizer = torch.optim.LBFGS(
@@ -89,16 +109,17 @@ def calibrate(logits: Tensor, labels: Labels, bias: bool = True) -> Calibration:
     return Calibration(float(log_temperature.detach().exp()), tuple(offset.detach().tolist()))
 
 
+@torch.inference_mode(False)
 def adapt_prior(
-    logits: Tensor, train_prior: RankNumbers, prior: RankNumbers | None = None, smoothing: float = 0.0
+    logits: Any, train_prior: RankNumbers, prior: RankNumbers | None = None, smoothing: float = 0.0
 ) -> Calibration:
     """The bias that brings logits from the rank frequencies of training to those of another place.
 
     Args:
-        logits: (N, K) of unlabelled samples from there, calibrated; of no effect where `prior` is given.
+        logits: (..., K) of unlabelled samples from there, calibrated; of no effect where `prior` is given.
         train_prior: (K,) frequencies or counts of the ranks in training (uniform after balanced few-shot training).
-        prior: (K,) those of the other place, if they are known; default: estimated from the logits by EM (Saerens et
-            al., Neural Computation 2002).
+        prior: (K,) those of the other place, if they are known, 0 where a rank does not occur; default: estimated from
+            the logits by EM (Saerens et al., Neural Computation 2002).
         smoothing: of the estimate: ties the changes of neighbouring ranks.  0 is EM as it was published, which needs
             calibrated logits that tell the ranks apart; with 0.02, what a model cannot tell changes little, and it
             does little harm after training with few labels (measured in `benchmarks/heads/RESULTS.md`).  The penalty
@@ -108,20 +129,27 @@ def adapt_prior(
         ValueError: frequencies that are negative, or of another number than ranks; no logits to estimate them from; a
             negative `smoothing`.
     """
-    if not 0 <= smoothing < float("inf"):
+    if not is_number(smoothing) or not 0 <= smoothing < math.inf:
         raise ValueError(f"Expected `smoothing` to be finite and not negative, as 0.02, but got {smoothing}.")
-    ranks = logits.shape[-1]
+    z = number_tensor(logits, "logits", torch.float64).detach().cpu().double()
+    if z.dim() < 1 or z.shape[-1] < 2:
+        raise ValueError(f"Expected `logits` of shape (..., K), K at least 2, but got {tuple(z.shape)}.")
+    ranks = z.shape[-1]
     before = _frequencies(train_prior, "train_prior", ranks)
     if prior is not None:
-        after = _frequencies(prior, "prior", ranks)
+        after = _frequencies(prior, "prior", ranks, least=0)
     else:
-        z = logits.detach().cpu().double().reshape(-1, ranks)
+        z = z.reshape(-1, ranks)
+        warn_of_probabilities(z)
         if not len(z) or not bool(z.isfinite().all()):
             raise ValueError(
                 f"Expected finite `logits` of samples to estimate the prior from, but got {len(z)} samples, or NaN or "
                 "infinity; pass `prior` if it is known."
             )
-        after = _smoothed_frequencies(z, before, smoothing) if smoothing else _likely_frequencies(z, before)
+        if smoothing:
+            equal = torch.full((len(z),), 1 / len(z), dtype=torch.float64)
+            return Calibration(1.0, tuple(smoothed_change(z.log_softmax(dim=1), equal, before, smoothing).tolist()))
+        after = _likely_frequencies(z, before)
     ratio = (after.clamp_min(1e-12) / before).log()
     return Calibration(1.0, tuple((ratio - ratio.mean()).tolist()))
 
@@ -137,26 +165,14 @@ def _likely_frequencies(logits: Tensor, before: Tensor) -> Tensor:
     return after
 
 
-def _smoothed_frequencies(logits: Tensor, before: Tensor, smoothing: float) -> Tensor:
-    """The same with a penalty on differences between neighbouring biases, by L-BFGS from no change."""
-    log_probs, strength = logits.log_softmax(dim=1), smoothing * (len(before) - 1)
-    bias = torch.zeros_like(before, requires_grad=True)
-    optimizer = torch.optim.LBFGS([bias], max_iter=EM_STEPS, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        likelihood = (log_probs + bias).logsumexp(dim=1).mean() - (before.log() + bias).logsumexp(dim=0)
-        loss = strength * bias.diff().square().sum() - likelihood
-        loss.backward()
-        return float(loss.detach())
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return (before.log() + bias.detach()).softmax(dim=0)
-
-
-def _frequencies(numbers: RankNumbers, name: str, ranks: int) -> Tensor:
+def _frequencies(numbers: RankNumbers, name: str, ranks: int, least: float | None = None) -> Tensor:
+    """(K,) with the sum 1; above zero, or from `least` on."""
     found = rank_tensor(numbers, name).detach().cpu().double()
-    if found.shape != (ranks,) or not bool((found.isfinite() & (found > 0)).all()):
-        raise ValueError(f"Expected `{name}` to be {ranks} frequencies above zero, but got {found.tolist()}.")
+    sound = found.isfinite() & ((found > 0) if least is None else (found >= least))
+    if found.shape != (ranks,) or not bool(sound.all() & (found.sum() > 0)):
+        kind = "above zero" if least is None else "that are not negative, nor all zero"
+        shown = found.flatten()[:MAX_LISTED].tolist()
+        raise ValueError(
+            f"Expected `{name}` to be {ranks} frequencies {kind}, but got shape {tuple(found.shape)}: {shown}."
+        )
     return found / found.sum()

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 from torch import Tensor, nn
 
+from ordinal_prompt.arrays import is_categorical
 from ordinal_prompt.calibration import adapt_prior
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import linear_layer
@@ -34,7 +42,9 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     Args:
         text_encoder: as for `OrdinalPromptHead`, or the name of an open_clip model; None leaves language out.
         ranks: the labels in order, lowest first: names, or increasing numbers; default the labels of `fit`, which are
-            then numbers.
+            then whole numbers or ordered categories.
+        rank_names: what the text encoder reads for each rank; default the labels.  Without `ranks`, labels are then the
+            indices 0…K-1.
         tokenizer: as for `OrdinalPromptHead`.
         pretrained: weights of an open_clip model given by its name.
         context: words around the rank's name, with {} in its place or in front of it.
@@ -44,6 +54,10 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             those of `fit`.  See `ordinal_prompt.adapt_prior`.
         rule: what `predict` gives: the `"median"` rank, which minimises the expected absolute error, or `"argmax"`.
         verbose: print the loss of every tenth step.
+
+    Where names are not in alphabetical order, scikit-learn's scorers of probabilities (`neg_log_loss`, `roc_auc_ovr`)
+    and its estimators that encode labels (voting, stacking, `cross_val_predict` of probabilities) would mix the ranks
+    up: give them indices as labels (`op.rank_indices`), and `rank_names` in the place of `ranks`.
 
     Attributes:
         classes_: (K,) the labels in order.
@@ -62,6 +76,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         text_encoder: Any = None,
         ranks: Sequence[Any] | None = None,
         *,
+        rank_names: Sequence[str] | None = None,
         tokenizer: Any = None,
         pretrained: str | None = None,
         context: str = "",
@@ -72,6 +87,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     ) -> None:
         self.text_encoder = text_encoder
         self.ranks = ranks
+        self.rank_names = rank_names
         self.tokenizer = tokenizer
         self.pretrained = pretrained
         self.context = context
@@ -80,20 +96,26 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.rule = rule
         self.verbose = verbose
 
+    @torch.inference_mode(False)
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> OrdinalPromptClassifier:  # noqa: N803
         """Fits to features (N, D) and labels (N,), which `ranks` hold; `sample_weight` (N,) counts like repetitions.
 
         Raises:
-            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks, unfit `priors`.
+            ValueError: labels that `ranks` do not hold, words without `ranks`, fewer than two ranks, one of them twice,
+                unfit `priors` or `rank_names`, negative weights.
+            TypeError: `ranks` that are no list.
         """
         if self.rule not in ("median", "argmax"):
             raise ValueError(f"Expected `rule` to be 'median' or 'argmax', but got {self.rule!r}.")
+        ordered = getattr(y, "cat", y).categories if is_categorical(y) and getattr(y, "cat", y).ordered else None
         X, y = validate_data(self, X, y, dtype=np.float64)  # noqa: N806
-        if self.ranks is None:
-            check_classification_targets(y)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
-        self.classes_ = self._ranks(y)
-        indices = rank_indices(y, self.classes_.tolist())
+        if weight is not None and not (weight >= 0).all():
+            raise ValueError("Expected `sample_weight` that is not negative.")
+        self.classes_ = self._ranks(y, ordered)
+        if self.rank_names is not None and len(self.rank_names) != len(self.classes_):
+            raise ValueError(f"Expected `rank_names` of {len(self.classes_)} ranks, but got {self.rank_names}.")
+        indices = self._indices(y)
         features = torch.tensor(X)  # a copy: memory-mapped arrays cannot be written to
         if weight is not None:
             weight = torch.tensor(weight)
@@ -112,11 +134,14 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def decision_function(self, X: Any) -> Array:  # noqa: N803
         """Logits (N, K); of two ranks, (N,) those of the second over the first, as scikit-learn has it."""
         logits = self._logits(X).numpy()
+        self._warn_scorers()
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict_proba(self, X: Any) -> Array:  # noqa: N803
         """Probabilities (N, K) of the ranks, in the order of `classes_`."""
-        return self._logits(X).softmax(dim=1).numpy()
+        logits = self._logits(X)
+        self._warn_scorers()
+        return logits.softmax(dim=1).numpy()
 
     def predict(self, X: Any) -> Array:  # noqa: N803
         """Labels (N,)."""
@@ -126,8 +151,9 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
         """The negative mean absolute error of `predict`, in ranks; 0 is perfect."""
         check_is_fitted(self)
-        truth = rank_indices(np.asarray(y), self.classes_.tolist())
-        found = rank_indices(self.predict(X), self.classes_.tolist())
+        predicted, y = self.predict(X), column_or_1d(y)
+        check_consistent_length(predicted, y, sample_weight)
+        truth, found = self._indices(y), self._indices(predicted)
         return 0.0 - float(np.average((found - truth).abs().numpy(), weights=sample_weight))
 
     def export(self) -> nn.Module:
@@ -158,17 +184,53 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         counts = torch.bincount(indices, weight, minlength=len(labels)).double() + 0.5
         return torch.tensor(adapt_prior(torch.zeros(1, len(labels)), counts, priors).bias, dtype=torch.float64)
 
-    def _ranks(self, y: Array) -> Array:
-        found = np.unique(y)
-        if self.ranks is None:
-            if found.dtype.kind not in "biuf":
-                raise ValueError(f"Expected `ranks`, the labels in order, for labels that are words: {found[:10]}.")
-            ranks = found
-        else:
-            ranks = np.asarray(self.ranks)
+    def _ranks(self, y: Array, ordered: Any) -> Array:
+        """(K,) the labels in order, of `ranks`, of ordered categories, or as they sort."""
+        ranks = getattr(self.ranks, "categories", self.ranks)  # of a CategoricalDtype
+        if ranks is None and self.rank_names is not None:
+            ranks = range(len(self.rank_names))
+        if ranks is None and ordered is not None:
+            ranks = ordered
+        if ranks is None:
+            y = np.asarray(y.tolist()) if y.dtype == object else y
+            if y.dtype.kind not in "biuf":
+                shown = sorted({*map(str, y)})[:10]
+                raise ValueError(f"Expected `ranks`, the labels in order, for labels that are words: {shown}.")
+            try:
+                check_classification_targets(y)
+            except ValueError as error:
+                raise ValueError(f"{error} If labels are ordered, pass `ranks`: all of them, lowest first.") from None
+            ranks = np.unique(y)
+        elif isinstance(ranks, (str, Set, Mapping)) or not hasattr(ranks, "__len__"):
+            raise TypeError(f"Expected `ranks` to list the labels, lowest first, but got {ranks!r}.")
+        ranks = np.asarray(ranks)
         if len(ranks) < 2:
-            raise ValueError(f"Classifier can't train when only one class is present: {found[:1]}.")
+            raise ValueError(f"Classifier can't train when only one class is present: {ranks.tolist()}.")
+        if len(np.unique(ranks)) < len(ranks):
+            raise ValueError(f"Expected `ranks` to name each label once, but got {ranks.tolist()}.")
         return ranks
+
+    def _indices(self, y: Array) -> Tensor:
+        if self.classes_.dtype.kind == "U" and np.asarray(y).dtype.kind in "biuf":
+            raise ValueError(
+                f"Expected labels among the names {self.classes_.tolist()}, but got the numbers {np.unique(y)[:10]}; "
+                "for indices, and where scikit-learn encodes labels, pass `rank_names` in place of `ranks`."
+            )
+        return rank_indices(y, self.classes_.tolist())
+
+    def _warn_scorers(self) -> None:
+        """Warns where a scorer of scikit-learn will take columns in rank order for those of sorted labels."""
+        frame = sys._getframe(1)
+        if (self.classes_[:-1] < self.classes_[1:]).all():
+            return
+        while frame.f_back is not None and frame.f_globals.get("__name__") != "sklearn.metrics._scorer":
+            frame = frame.f_back
+        if frame.f_back is not None:
+            warnings.warn(
+                "scikit-learn's scorers of probabilities take their columns for those of sorted labels, but here they "
+                "are in the order of the ranks; fit on indices (op.rank_indices), `rank_names` in place of `ranks`.",
+                stacklevel=3,
+            )
 
     def _head(self, width: int) -> OrdinalPromptHead:
         model, tokenizer = self.text_encoder, self.tokenizer
@@ -178,7 +240,8 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             model, loaded = load_open_clip(model, self.pretrained)
             tokenizer = tokenizer or loaded
         numbers = self.classes_.dtype.kind in "biuf"
-        names = [f"{rank:g}" if numbers else str(rank) for rank in self.classes_.tolist()]
+        labels = [f"{rank:g}" if numbers else str(rank) for rank in self.classes_.tolist()]
+        names = labels if self.rank_names is None else [*self.rank_names]
         options: dict[str, Any] = {"tokenizer": tokenizer, "context": self.context, **recipe(names, prompts="fitted")}
         if numbers:
             options["rank_values"] = self.classes_.astype(np.float64)

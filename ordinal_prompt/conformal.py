@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, RankNumbers, number_tensor, rank_tensor
-from ordinal_prompt.samples import mean_by_rank, read_labels, read_logits
+from ordinal_prompt.arrays import Labels, RankNumbers, is_number, label_tensor, number_tensor, rank_tensor
+from ordinal_prompt.samples import mean_by_rank, read_labels, read_logits, warn_of_probabilities
 
 SCORES = ("cdf", "rps")
 TIE = 1e-6  # scores that are this close count as equal: float32 and other devices round them differently
@@ -45,13 +45,15 @@ class ConformalRanks:
     """
 
     def __init__(self, coverage: float = 0.9, score: str = "cdf", by_rank: bool = False) -> None:
-        if isinstance(coverage, str) or not 0 < coverage < 1:
+        if not is_number(coverage) or not 0 < float(coverage) < 1:
             raise ValueError(f"Expected `coverage` in (0, 1), but got {coverage!r}.")
         if score not in SCORES:
             raise ValueError(f"Expected `score` to be one of {SCORES}, but got {score!r}.")
-        self.coverage = coverage
+        if by_rank not in (True, False):
+            raise ValueError(f"Expected `by_rank` to be True or False, but got {by_rank!r}.")
+        self.coverage = float(coverage)
         self.score = score
-        self.by_rank = by_rank
+        self.by_rank = bool(by_rank)
         self.thresholds: Tensor | None = None
         self.groups: tuple[Hashable, ...] | None = None
 
@@ -70,15 +72,18 @@ class ConformalRanks:
         Where the samples are too few for the coverage, sets hold all ranks, and a warning says so.
 
         Raises:
-            ValueError: no samples, other shapes, labels outside the ranks, ratios that are not above zero, a missing
-                group.
+            ValueError: no samples, other shapes, labels outside the ranks, ratios that are negative or all zero, a
+                missing group.
             TypeError: groups that are neither names nor integers.
         """
         z, y = read_logits(logits, labels)
         ranks = z.shape[1]
         weight = torch.ones(ranks).double() if shift is None else rank_tensor(shift, "shift").detach().cpu().double()
-        if weight.shape != (ranks,) or not bool((weight.isfinite() & (weight > 0)).all()):
-            raise ValueError(f"Expected `shift` to be {ranks} ratios above zero, but got {weight.tolist()}.")
+        if weight.shape != (ranks,) or not bool((weight.isfinite() & (weight >= 0)).all() & (weight[y] > 0).any()):
+            raise ValueError(
+                f"Expected `shift` to be {ranks} ratios that are not negative, nor all zero, but got shape "
+                f"{tuple(weight.shape)}: {weight.flatten()[:MAX_LISTED].tolist()}."
+            )
         scores = rank_scores(z, self.score).gather(1, y[:, None])[:, 0]
         named = [None] * len(y) if groups is None else _group_list(groups, len(y))
         index = {group: place for place, group in enumerate(dict.fromkeys(named))}
@@ -116,6 +121,7 @@ class ConformalRanks:
         thresholds, logits = self._fitted(), number_tensor(logits, "logits", torch.float64)
         if logits.dim() == 0 or logits.shape[-1] != thresholds.shape[-1]:
             raise ValueError(f"Expected logits of {thresholds.shape[-1]} ranks, but got {tuple(logits.shape)}.")
+        warn_of_probabilities(logits)
         scores = rank_scores(logits.double(), self.score)
         if (groups is None) != (self.groups is None):
             told = f"one of {_listed(map(repr, self.groups))} for each sample" if self.groups else "none"
@@ -172,6 +178,8 @@ class ConformalRanks:
                 [math.inf if value is None else value for value in row] for row in (numbers if groups else [numbers])
             ]
             thresholds = torch.tensor(rows, dtype=torch.float64)
+            if thresholds.dim() != 2 or len(thresholds) != len(groups or [None]):
+                raise ValueError(f"{len(groups or [None])} rows of thresholds are needed")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected what ConformalRanks.to_json wrote, but got something else: {error!r}."
@@ -211,7 +219,7 @@ def coverage_by_rank(first: Any, last: Any, labels: Labels, num_ranks: int | Non
     >>> coverage_by_rank([0, 1, 2], [1, 1, 4], [1, 2, 2])
     tensor([   nan, 1.0000, 0.5000], dtype=torch.float64)
     """
-    inside, ranks = _inside(first, last, labels)
+    inside, ranks = _inside(first, last, labels, num_ranks)
     return mean_by_rank(inside, ranks, int(ranks.max()) + 1 if num_ranks is None else num_ranks)
 
 
@@ -225,18 +233,22 @@ def mean_width(first: Any, last: Any) -> float:
     return float((high - low + 1).double().mean())
 
 
-def _inside(first: Any, last: Any, labels: Labels) -> tuple[Tensor, Tensor]:
+def _inside(first: Any, last: Any, labels: Labels, num_ranks: int | None = None) -> tuple[Tensor, Tensor]:
     """Whether each set holds the true rank (N,), and that rank (N,)."""
-    low, high = _bounds(first, last)
-    ranks = read_labels(labels)
-    if len(ranks) != len(low):
-        raise ValueError(f"Expected a set of ranks for each label, but got {len(low)} sets for {len(ranks)} labels.")
+    low, high = _bounds(first, last, labels)
+    ranks = read_labels(labels, num_ranks)
     return ((low <= ranks) & (ranks <= high)).double(), ranks
 
 
-def _bounds(first: Any, last: Any) -> tuple[Tensor, Tensor]:
+def _bounds(first: Any, last: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
+    shapes = [tuple(label_tensor(part).shape) for part in (first, last, labels) if part is not None]
+    if len({*shapes}) > 1:
+        raise ValueError(
+            "Expected `first` and `last` of each set, and the labels, to have one shape, but got "
+            f"{' and '.join(map(str, shapes))}."
+        )
     low, high = read_labels(first, argument="first"), read_labels(last, argument="last")
-    if len(low) != len(high) or bool((low > high).any()):
+    if bool((low > high).any()):
         raise ValueError(
             "Expected the first and the last rank of each set, none empty, but some end before they start."
         )
@@ -258,11 +270,16 @@ def _quantiles(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) ->
 
 def _group_list(groups: Any, number: int) -> list[Hashable]:
     """The group of each of `number` samples, as plain Python values."""
+    groups = groups.to_numpy() if hasattr(groups, "to_numpy") else groups
+    if getattr(getattr(groups, "dtype", None), "kind", "") in ("M", "m"):
+        raise TypeError(f"Expected `groups` to be names or integers, but got {groups.dtype}.")
     flat = groups.reshape(-1) if hasattr(groups, "reshape") else groups
-    named: list[Hashable] = flat.tolist() if hasattr(flat, "tolist") else [*flat]
+    plain: Any = flat.tolist() if hasattr(flat, "tolist") else flat
+    plain = [plain] if isinstance(plain, (str, int)) else [*plain]
+    named: list[Hashable] = [group.item() if hasattr(group, "item") else group for group in plain]
     if len(named) != number:
         raise ValueError(f"Expected a group for each sample, but got {len(named)} `groups` for {number} samples.")
-    missing = sum(group is None or group != group for group in named)
+    missing = sum(group is None or str(group) in ("nan", "<NA>", "NaT") for group in named)
     if missing:
         raise ValueError(f"Expected a group for each sample, but {missing} of `groups` are missing; name them, too.")
     if not all(isinstance(group, (str, int)) for group in named):

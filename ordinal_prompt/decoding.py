@@ -34,8 +34,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
     >>> decode(logits), decode(logits, "argmax"), decode(logits, "median", values=[10, 20, 30, 40])
     (tensor([1.3071]), tensor([1]), tensor([20.]))
     """
-    if rule not in RULES:
-        raise ValueError(f"Expected `rule` to be one of {RULES}, but got {rule!r}.")
+    check_rule(rule)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"Expected `logits` to be a floating point tensor, but got {_kind(logits)}.")
     if logits.dim() == 0 or logits.shape[-1] < 1:
@@ -56,6 +55,12 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
     if values is None:
         return index
     return values[index].masked_fill(~logits.amax(dim=-1).isfinite(), torch.nan)
+
+
+def check_rule(rule: str) -> None:
+    """Raises ValueError for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"Expected `rule` to be one of {RULES}, but got {rule!r}.")
 
 
 def _median(logits: Tensor) -> Tensor:

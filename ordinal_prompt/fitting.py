@@ -3,8 +3,9 @@
 The weights of the head are those of the prototypes plus a deviation, W = s·T + Δ, and the fit is their maximum a
 posteriori: the cross-entropy of the training labels, plus a prior of fixed size, which fades as labels come.  The prior
 says that Δ is small, that it changes little from one rank to the next (the numerical continuity of OrdinalCLIP, section
-3.3, as a Gaussian on differences), and that the prototypes weigh about as much as they usually do.  A prior around the
-weights of the class names is that of CLAP (Silva-Rodríguez et al., CVPR 2024); there it is a constraint per class.
+3.3, as a Gaussian on differences), that the prototypes weigh about as much as they usually do, and that ranks are about
+as frequent as in training, smoothed along the ranks.  A prior around the weights of the class names is that of CLAP
+(Silva-Rodríguez et al., CVPR 2024); there it is a constraint per class.
 
 For features outside the text encoder's space language says nothing about Δ; what is left is a penalised linear head
 whose neighbouring ranks are tied.  `benchmarks/heads/RESULTS.md` says on which data the four numbers were chosen.
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import Labels, label_tensor, number_tensor
+from ordinal_prompt.arrays import Labels, RankNumbers, label_tensor, number_tensor, rank_tensor
+from ordinal_prompt.frequencies import usual_bias
 from ordinal_prompt.head import LOGIT_SPREAD, OrdinalPromptHead
 from ordinal_prompt.matching import check_features, log_scale_of_spread
 
@@ -44,7 +46,7 @@ class Prior:
     tie: float
 
     def penalty(self, deviation: Tensor, bias: Tensor, log_ratio: Tensor | float) -> Tensor:
-        """Of a deviation (K, D) in units of the scale, a bias (K,), and the log of the scale over the usual one."""
+        """Of a deviation (K, D) in units of the scale, a bias (K,) and the log of the scale over the usual ones."""
         tie = self.tie * (len(deviation) - 1) ** 2
         of_weights = self.size * deviation.square().sum() + tie * deviation.diff(dim=0).square().sum()
         total: Tensor = of_weights + bias.square().sum() + torch.as_tensor(log_ratio) ** 2 / (2 * SCALE_SD**2)
@@ -63,6 +65,7 @@ AROUND_PROTOTYPES = Prior(size=10.0, tie=10.0)
 AROUND_ZERO = Prior(size=1.0, tie=1.0)
 
 
+@torch.inference_mode(False)
 def fit_head(
     head: OrdinalPromptHead,
     features: Any,
@@ -126,7 +129,7 @@ def fit_head(
     return head
 
 
-def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
+def regularization(head: OrdinalPromptHead, num_samples: int, counts: RankNumbers | None = None) -> Tensor:
     """() the penalty of `fit_head` for a training loop: `head.loss()(logits, labels) + op.regularization(head, N)`.
 
     For a head in the text encoder's space (without `in_features`), full batches have the fit as their optimum.
@@ -134,6 +137,7 @@ def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
     Args:
         head: with a residual.
         num_samples: N, of the whole training set; the penalty fades as 1 / N.
+        counts: (K,) training samples of each rank; default as many of each.
 
     Raises:
         ValueError: a head without a residual, or with a projection; no samples.
@@ -151,6 +155,11 @@ def regularization(head: OrdinalPromptHead, num_samples: int) -> Tensor:
     usual = log_scale_of_spread(head.prototypes().detach(), LOGIT_SPREAD)
     deviation = head.config.residual * head.residual / usual.exp()
     bias = head.config.residual * head.residual_bias
+    if counts is not None:
+        found = rank_tensor(counts, "counts").double()
+        if found.shape != bias.shape or not bool((found.isfinite() & (found >= 0)).all() & found.any()):
+            raise ValueError(f"Expected `counts` of {len(bias)} ranks, none negative, not all zero.")
+        bias = bias - torch.tensor(usual_bias(tuple(found.tolist()))).to(bias)
     return AROUND_PROTOTYPES.penalty(deviation, bias, head.logit_scale[0] - usual) / num_samples
 
 
@@ -163,6 +172,7 @@ class FittedMap:
     log_scale: float
 
 
+@torch.inference_mode(False)
 def fit_map(
     features: Tensor,
     labels: Tensor,
@@ -185,9 +195,10 @@ def fit_map(
     known = isinstance(prototypes, Tensor)
     num_ranks = len(prototypes) if isinstance(prototypes, Tensor) else prototypes
     dtype = torch.float64 if features.numel() * num_ranks <= EXACT else torch.float32
-    x = features.to(dtype)
+    x, labels = features.to(dtype), labels.clone()  # no inference tensors, which could not be differentiated
     share = torch.ones(len(x), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     total = float(share.sum())
+    usual = torch.tensor(usual_bias(tuple(torch.bincount(labels, share, num_ranks).tolist())), dtype=dtype)
     share = share / total
     mean, norm = torch.zeros_like(x[0]), 1.0
     if not known:
@@ -208,7 +219,7 @@ def fit_map(
     ratio = torch.zeros((), dtype=dtype, requires_grad=known)
 
     def loss() -> Tensor:
-        logits = F.linear(reduced, factor @ free, bias)
+        logits = F.linear(reduced, factor @ free, bias + usual)
         if offset is not None:
             logits = logits + ratio.exp() * offset
         penalty = free.square().sum() + bias.square().sum() + ratio**2 / (2 * SCALE_SD**2)
@@ -218,7 +229,7 @@ def fit_map(
     with torch.no_grad():
         deviation = factor @ free
         weight = (deviation if basis is None else deviation @ basis.T) / norm
-        shift = bias - weight @ mean
+        shift = bias + usual - weight @ mean
         if isinstance(prototypes, Tensor):
             weight = weight + float(ratio.detach().exp()) * math.exp(log_scale) * prototypes.to(dtype)
     return FittedMap(weight.double(), shift.detach().double(), log_scale + float(ratio.detach()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import RankNumbers, number_tensor, rank_tensor
+from ordinal_prompt.arrays import RankNumbers, label_tensor, number_tensor, rank_tensor, widest_float
 
 MAX_LISTED = 10
 SOFT_LABELS = ("beta", "binomial", "exponential", "poisson", "triangular")
@@ -39,24 +40,24 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
     """
     if all_strings(rank_values):
         return _indices_of_names(values, [*rank_values])
-    known = rank_tensor(rank_values, "rank_values").double()
-    given = number_tensor(values, "values").double()
-    known = known.to(given.device)
+    given = number_tensor(values, "values", torch.float64)
+    rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0  # of half precision, say
+    wide = widest_float(given.device)
+    given, known = given.to(wide), rank_tensor(rank_values, "rank_values").to(wide).to(given.device)
     if known.dim() != 1 or len(known) < 2 or not bool((known.diff() > 0).all()):
-        raise ValueError(f"Expected increasing `rank_values`, one for each rank, but got {known.tolist()}.")
+        raise ValueError(
+            f"Expected increasing `rank_values`, at least two, one for each rank, but got {_listed(known.tolist())}."
+        )
     indices = torch.bucketize(given, (known[1:] + known[:-1]) / 2)
     misses = ~given.isfinite()
     if not nearest:
-        least = torch.minimum(known.diff().min() / 4, known.abs().max() * 1e-6)
+        least = torch.minimum(known.diff().min() / 4, known.abs().max() * max(1e-6, rounding))
         misses |= (given - known[indices]).abs() > least
     if bool(misses.any()):
-        found = given[misses].unique()
-        more = ", …" if len(found) > MAX_LISTED else ""
         raise ValueError(
-            f"Expected values of ranks, {known[0]:g} to {known[-1]:g}, but got "
-            f"{', '.join(f'{value:g}' for value in found[:MAX_LISTED].tolist())}{more} ({int(misses.sum())} of "
-            f"{given.numel()} labels fit no rank); drop or mend them"
-            f"{'' if nearest else ', or pass nearest=True for the nearest rank'}."
+            f"Expected values of ranks, {known[0]:.10g} to {known[-1]:.10g}, but got "
+            f"{_listed(given[misses].unique().tolist())} ({int(misses.sum())} of {given.numel()} labels fit no rank); "
+            f"drop or mend them{'' if nearest else ', or pass nearest=True for the nearest rank'}."
         )
     return indices
 
@@ -65,7 +66,7 @@ def soft_labels(indices: Any, num_ranks: int, kind: str = "triangular", **option
     """Rank indices as distributions over the ranks, by the families of dlordinal (Vargas et al., 2023).
 
     Args:
-        indices: (N,) in 0…K-1.
+        indices: (N,) in 0…K-1, or ordered categories.
         num_ranks: K.
         kind: `"beta"`, `"binomial"`, `"exponential"`, `"poisson"` or `"triangular"`.
         options: of dlordinal's function for this family, as `alpha2` of `get_triangular_soft_labels`.
@@ -77,19 +78,28 @@ def soft_labels(indices: Any, num_ranks: int, kind: str = "triangular", **option
         ValueError: unknown family, indices outside the ranks.
         ImportError: dlordinal is not installed.
     """
-    if num_ranks < 2:
-        raise ValueError(f"Expected `num_ranks` to be at least 2, but got {num_ranks}.")
+    if not hasattr(num_ranks, "__index__") or num_ranks < 2:
+        raise ValueError(f"Expected `num_ranks` to be a whole number, at least 2, but got {num_ranks!r}.")
     if kind not in SOFT_LABELS:
         raise ValueError(f"Expected `kind` to be one of {SOFT_LABELS}, but got {kind!r}.")
     try:
         from dlordinal import soft_labelling
     except ImportError as error:
         raise ImportError("Soft labels need dlordinal; pip install 'ordinal_prompt[labels]'.") from error
-    chosen = number_tensor(indices, "indices")
-    if chosen.is_floating_point() or (chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < num_ranks):
-        raise ValueError(f"Expected rank indices in 0…{num_ranks - 1}, but got {chosen.tolist()[:MAX_LISTED]}.")
-    table = getattr(soft_labelling, f"get_{kind}_soft_labels")(num_ranks, **options)
-    return torch.as_tensor(table, dtype=torch.float32, device=chosen.device)[chosen.long()]
+    chosen = label_tensor(indices, "indices")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < num_ranks:
+        raise ValueError(f"Expected rank indices in 0…{num_ranks - 1}, but got {_listed(chosen.unique().tolist())}.")
+    try:
+        table = torch.as_tensor(getattr(soft_labelling, f"get_{kind}_soft_labels")(num_ranks, **options))
+    except ValueError as error:  # beta: parameters are tabulated for 3 to 14 ranks
+        raise ValueError(f"dlordinal has no {kind} soft labels for {num_ranks} ranks; choose another.") from error
+    astray = int((table.argmax(dim=1) != torch.arange(num_ranks)).sum())
+    if astray:
+        warnings.warn(
+            f"Of {num_ranks} ranks, {kind} soft labels give {astray} less than another rank; choose another kind.",
+            stacklevel=2,
+        )
+    return table.to(chosen.device, torch.float32)[chosen]
 
 
 def all_strings(values: Any) -> bool:
@@ -98,11 +108,39 @@ def all_strings(values: Any) -> bool:
     return isinstance(values, Sequence) and len(values) > 0 and all(isinstance(value, str) for value in values)
 
 
+def any_string(values: Any) -> bool:
+    """Whether labels hold a name, in an array, a DataFrame or lists of any depth."""
+    plain = _plain(values)
+    return isinstance(plain, str) or (isinstance(plain, Sequence) and any(map(any_string, plain)))
+
+
 def _indices_of_names(values: Any, names: Sequence[str]) -> Tensor:
-    given = values.tolist() if hasattr(values, "tolist") else [*values]
-    index = {name: rank for rank, name in enumerate(names)}
-    unknown = {repr(name): None for name in given if name not in index}
+    if len(names) < 2 or len({*names}) < len(names):
+        raise ValueError(f"Expected names of ranks, at least two and none twice, but got {_listed(names)}.")
+    plain, index = _plain(values), {name: rank for rank, name in enumerate(names)}
+    if isinstance(plain, str) or not isinstance(plain, Sequence):
+        raise TypeError(f"Expected `values` to be a list or an array of names, but got {plain!r}.")
+    unknown: dict[Any, None] = {}
+
+    def look_up(given: Any) -> Any:
+        given = _plain(given)
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            return [look_up(one) for one in given]
+        if given not in index:
+            unknown[given] = None
+        return index.get(given)
+
+    found = look_up(plain)
     if unknown:
-        shown = ", ".join([*unknown][:MAX_LISTED]) + (", …" if len(unknown) > MAX_LISTED else "")
-        raise ValueError(f"Expected names of ranks, {', '.join(map(repr, names))}, but got {shown}.")
-    return torch.tensor([index[name] for name in given], dtype=torch.long)
+        raise ValueError(f"Expected names of ranks, {_listed(names)}, but got {_listed(unknown)}.")
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _plain(values: Any) -> Any:
+    values = values.to_numpy() if hasattr(values, "to_numpy") else values
+    return values.tolist() if hasattr(values, "tolist") else [*values] if isinstance(values, (tuple, range)) else values
+
+
+def _listed(items: Iterable[Any]) -> str:
+    shown = [f"{item:.10g}" if isinstance(item, float) else repr(item) for item in items]
+    return ", ".join(shown[:MAX_LISTED]) + (", …" if len(shown) > MAX_LISTED else "")

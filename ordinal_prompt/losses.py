@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import RankNumbers, rank_tensor
+from ordinal_prompt.arrays import RankNumbers, is_number, rank_tensor
 from ordinal_prompt.distributed import gather_batch
 from ordinal_prompt.labels import rank_indices
+from ordinal_prompt.samples import warn_of_probabilities
+from ordinal_prompt.targets import are_ranges, read_batch
 
 TARGET_LOGIT = 10.0  # the published code's sharpness of the target over the batch
 
@@ -46,10 +48,10 @@ def cross_entropy_loss(
     of_sample = shares @ weights
     if labels.dim() == 1:
         loss = F.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
-    elif _are_ranges(labels):
+    elif are_ranges(labels):
         loss = -log_probs.masked_fill(shares == 0, -torch.inf).logsumexp(dim=1) * of_sample
     else:
-        loss = -(shares * weights * log_probs).sum(dim=1)
+        loss = -torch.where(shares > 0, shares * weights * log_probs, 0).sum(dim=1)
     if label_smoothing:
         spread = -(weights * log_probs).mean(dim=1)
         loss = (1 - label_smoothing) * loss + label_smoothing * spread
@@ -77,6 +79,7 @@ def kl_loss(
         sample_weight: (B,) weights of the samples in both softmaxes; 0 leaves one out.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill((logits == -torch.inf).all(dim=0), 0)  # ranks that are masked, and absent
     target, prediction = TARGET_LOGIT * (shares := rank_shares(labels, logits)), logits
     if sample_weight is not None:
         left_out = sample_weight[:, None] <= 0
@@ -97,15 +100,11 @@ def rank_shares(labels: Tensor, logits: Tensor) -> Tensor:
     """(B, K) what each rank has of each label: all or nothing, its probability, or an equal share of a range."""
     if labels.dim() == 1:
         return F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
-    if not _are_ranges(labels):
+    if not are_ranges(labels):
         return labels.to(logits.dtype)
     ranks = torch.arange(logits.shape[1], device=labels.device)
     inside = ((ranks >= labels[:, :1]) & (ranks <= labels[:, 1:])).to(logits.dtype)
     return inside / inside.sum(dim=1, keepdim=True)
-
-
-def _are_ranges(labels: Tensor) -> bool:
-    return labels.dim() == 2 and not labels.is_floating_point()
 
 
 class OrdinalPromptLoss(nn.CrossEntropyLoss):
@@ -125,8 +124,9 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
             pandas Series gives them by rank, 0…K-1, in any order.
         label_smoothing: of the cross-entropy, in [0, 1).
         rank_values: (K,) the values of the ranks.  Labels are then always values (stars, years), never indices.
-        ignore_index: the label of samples without one, as -100; they do not count.  A batch of none but such has the
-            loss zero.  By default every sample must have a label.
+        ignore_index: the label of samples without one, as -100 or NaN; they do not count.  A distribution or a
+            range is missing where it consists of it.  A batch of none but such has the loss zero.  By default every
+            sample must have a label.
 
     Shapes:
         logits (B, K) or (..., K).  Labels (B,) or (...): rank indices, integers in 0…K-1, or values of `rank_values`.
@@ -148,8 +148,7 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
     """
 
     rank_weights: Tensor | None
-    rank_values: Tensor | None
-    ignore_index: int | None  # type: ignore[assignment]  # -100 of its base class is no default here
+    ignore_index: float | None  # type: ignore[assignment]  # -100 of its base class is no default here
 
     def __init__(
         self,
@@ -158,9 +157,14 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         rank_weights: RankNumbers | None = None,
         label_smoothing: float = 0.0,
         rank_values: RankNumbers | None = None,
-        ignore_index: int | None = None,
+        ignore_index: float | None = None,
     ) -> None:
         super().__init__()  # a cross-entropy, so that others (skorch) know that it takes logits
+        numbers: dict[str, Any] = {"ce_weight": ce_weight, "kl_weight": kl_weight, "label_smoothing": label_smoothing}
+        for name, weight in numbers.items():
+            if not is_number(weight):
+                hint = "; weights of the ranks are `rank_weights`" if hasattr(weight, "__len__") else ""
+                raise TypeError(f"Expected `{name}` to be a number, but got {type(weight).__name__}{hint}.")
         for name, weight in (("ce_weight", ce_weight), ("kl_weight", kl_weight)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"Expected `{name}` to be finite and not negative, but got {weight}.")
@@ -169,20 +173,22 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected `label_smoothing` in [0, 1), but got {label_smoothing}.")
         if rank_weights is not None:
-            rank_weights = rank_tensor(rank_weights, "rank_weights").float()
+            rank_weights = rank_tensor(rank_weights, "rank_weights").detach().float()
             sound = bool((rank_weights.isfinite() & (rank_weights >= 0)).all() & rank_weights.any())
             if rank_weights.dim() != 1 or not sound:
                 raise ValueError("Expected `rank_weights` to be K finite weights, none negative, not all zero.")
         if rank_values is not None:
-            rank_values = rank_tensor(rank_values, "rank_values").float()
-            rank_indices(rank_values[:0], rank_values)  # refuses what does not increase
-        if ignore_index is not None and (isinstance(ignore_index, bool) or not hasattr(ignore_index, "__float__")):
+            rank_values = rank_tensor(rank_values, "rank_values")
+            rank_indices([], rank_values)  # refuses what does not increase
+        if ignore_index is not None and (isinstance(ignore_index, bool) or not is_number(ignore_index)):
             raise TypeError(f"Expected `ignore_index` to be a number, as -100, but got {ignore_index!r}.")
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.register_buffer("rank_weights", rank_weights, persistent=False)
-        self.register_buffer("rank_values", rank_values, persistent=False)
+        # Numbers, not a buffer: `.half()` would round years to decades.
+        self.rank_values: tuple[float, ...] | None = None if rank_values is None else tuple(rank_values.tolist())
+        self._begun = False
 
     def forward(
         self,
@@ -192,19 +198,28 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         given = labels
-        logits, labels, sample_weight = self._check(logits, labels, sample_weight)
+        logits, labels, sample_weight = self._read(logits, labels, sample_weight)
         loss = self.ce_weight * self._ce(logits, labels, sample_weight)
         if self.kl_weight:
             loss = loss + self.kl_weight * self._kl(logits, labels, sample_weight)
         if num_items_in_batch is None:
             return loss
-        counted = labels.shape[0] if self.ignore_index is None else (given != self.ignore_index).sum()
-        return loss * counted / num_items_in_batch
+        return loss * (given != -100).sum() / num_items_in_batch  # as `Trainer` counts, whatever the labels are
 
     def terms(self, logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> dict[str, Tensor]:
         """The two terms, before their weights: `{"ce": scalar, "kl": scalar}`."""
-        checked = self._check(logits, labels, sample_weight)
+        checked = self._read(logits, labels, sample_weight)
         return {"ce": self._ce(*checked), "kl": self._kl(*checked)}
+
+    def _read(self, logits: Any, labels: Any, sample_weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        batch = read_batch(logits, labels, sample_weight, self.rank_values, self.ignore_index)
+        given, ranks = self.rank_weights, batch[0].shape[1]
+        if given is not None and len(given) != ranks:
+            raise ValueError(f"Expected {ranks} `rank_weights` for {ranks} ranks, but got {len(given)}.")
+        if not self._begun:
+            self._begun = True
+            warn_of_probabilities(batch[0])
+        return batch
 
     def _ce(self, logits: Tensor, labels: Tensor, sample_weight: Tensor | None) -> Tensor:
         return cross_entropy_loss(logits, labels, self.rank_weights, self.label_smoothing, sample_weight)
@@ -220,80 +235,6 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         loss = kl_loss(logits, labels, self.rank_weights, weight)
         # Each process holds the gradient of its own part only; averaging divides the sum of the parts by their number.
         return loss + (dist.get_world_size() - 1) * (loss - loss.detach())
-
-    def _check(
-        self, logits: Tensor | Any, labels: Tensor, sample_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (B, K), labels as indices, distributions or ranges of indices, and weights (B,)."""
-        logits = getattr(logits, "logits", logits)  # of a model of transformers
-        for name, value in (("logits", logits), ("labels", labels)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}.")
-        if not logits.is_floating_point():
-            raise TypeError(f"Expected `logits` to be floating point, but got {logits.dtype}.")
-        if labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"Expected `labels` to be integer rank indices, but got {labels.dtype}.")
-        num_ranks = logits.shape[-1] if logits.dim() else 0
-        for name, own in (("rank_weights", self.rank_weights), ("rank_values", self.rank_values)):
-            if own is not None and len(own) != num_ranks:
-                raise ValueError(f"Expected {num_ranks} `{name}` for {num_ranks} ranks, but got {len(own)}.")
-        kind = self._kind(logits, labels)
-        logits = logits.reshape(-1, num_ranks)
-        labels = labels.reshape(len(logits), *[labels.shape[-1]] * (kind != "indices"))
-        if len(labels) == 0:
-            raise ValueError("Expected at least one sample, but got an empty batch.")
-        if sample_weight is not None:
-            sample_weight = sample_weight.reshape(-1)
-            if len(sample_weight) != len(logits) or not bool((sample_weight >= 0).all()):
-                raise ValueError("Expected one `sample_weight` for each sample, none negative.")
-        if self.ignore_index is not None and kind != "distributions":
-            there = (labels != self.ignore_index).reshape(len(labels), -1).all(dim=1)
-            sample_weight = there.to(logits.dtype) if sample_weight is None else sample_weight * there
-            if self.rank_values is not None:
-                labels = labels.double()
-            first = 0 if self.rank_values is None else self.rank_values[0].double()
-            labels = torch.where(there if kind == "indices" else there[:, None], labels, first)
-        if kind == "distributions":
-            self._check_distributions(labels)
-        elif self.rank_values is not None:
-            labels = rank_indices(labels, self.rank_values.to(labels.device))
-        elif not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in labels.aminmax())
-            if low < 0 or high >= num_ranks:
-                raise ValueError(f"Expected labels in 0…{num_ranks - 1} for {num_ranks} ranks, but got {low}…{high}.")
-        if kind == "ranges" and bool((labels[:, 0] > labels[:, 1]).any()):
-            raise ValueError("Expected ranges from their first to their last rank, but some end before they start.")
-        return logits, labels, sample_weight
-
-    def _kind(self, logits: Tensor, labels: Tensor) -> str:
-        """What the labels are, from their shape and type."""
-        real, values = labels.is_floating_point(), self.rank_values is not None
-        if logits.dim() and labels.shape == logits.shape[:-1]:
-            if real and not values:
-                raise TypeError(
-                    f"Expected `labels` to be integer rank indices, but got {labels.dtype}; map your rank values to "
-                    "their indices first (op.rank_indices), or pass rank_values= to the loss."
-                )
-            return "indices"
-        if logits.dim() and labels.shape == logits.shape and real:
-            return "distributions"
-        if logits.dim() and labels.shape == (*logits.shape[:-1], 2) and (values or not real) and logits.shape[-1] > 2:
-            return "ranges"
-        hints = {logits.shape: "; for one-hot labels pass labels.float()", (*logits.shape[:-1], 1): "; squeeze them"}
-        raise ValueError(
-            f"Expected one label for each row of logits {tuple(logits.shape)} (or a distribution over its ranks, or the"
-            f" first and the last rank of a range), but got labels of shape {tuple(labels.shape)}, {labels.dtype}"
-            f"{hints.get(labels.shape, '')}."
-        )
-
-    def _check_distributions(self, labels: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not bool(((labels >= 0).all(dim=1) & ((labels.sum(dim=1) - 1).abs() < 1e-2)).all()):
-            raise ValueError(
-                "Expected distributions over the ranks in `labels`, none negative, each summing to one, but some rows "
-                "do not; divide votes by their number."
-            )
 
     def extra_repr(self) -> str:
         return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, label_smoothing={self.label_smoothing}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, RankNumbers
+from ordinal_prompt.arrays import Labels, RankNumbers, number_tensor
 from ordinal_prompt.conformal import coverage, coverage_by_rank, mean_width, rank_scores
 from ordinal_prompt.samples import mean_by_rank, read_logits, read_predictions
 
@@ -212,8 +212,8 @@ def reliability(logits: Any, labels: Labels, bins: int = 15) -> tuple[Tensor, Te
         (K-1, bins) each: mean probability of "the rank is at most k", frequency of it (both NaN in empty bins), and
         number of samples (float64), for each threshold k and bin.
     """
-    if bins < 1:
-        raise ValueError(f"Expected at least one of `bins`, but got {bins}.")
+    if not hasattr(bins, "__index__") or bins < 1:
+        raise ValueError(f"Expected `bins` to be a whole number, at least 1, but got {bins!r}.")
     z, y = read_logits(logits, labels)
     probability = torch.softmax(z, dim=1).cumsum(dim=1)[:, :-1].clamp(max=1)
     thresholds = torch.arange(probability.shape[1])
@@ -243,7 +243,7 @@ def summary(logits: Any, labels: Labels, values: RankNumbers | None = None) -> d
 
 
 @torch.no_grad()
-def ordinality(prototypes: Tensor, span: int | None = None) -> float:
+def ordinality(prototypes: Any, span: int | None = None) -> float:
     """Share of neighbouring pairs of similarities that are in order: the further the rank, the less similar.
 
     With S the cosine similarities of the prototypes, the share of the cells i ≤ j ≤ K-2 with S[i, j] > S[i, j+1].
@@ -256,15 +256,14 @@ def ordinality(prototypes: Tensor, span: int | None = None) -> float:
 
     Raises:
         ValueError: fewer than 2 prototypes, another shape, values that are not finite, a span below 1.
-        TypeError: prototypes that are no tensor.
+        TypeError: prototypes that are no numbers.
 
     >>> import torch
     >>> angle = torch.linspace(0, 3, 7)
     >>> ordinality(torch.stack([angle.cos(), angle.sin()], dim=1))
     1.0
     """
-    if not isinstance(prototypes, Tensor):
-        raise TypeError(f"Expected `prototypes` to be a tensor, but got {type(prototypes).__name__}.")
+    prototypes = number_tensor(prototypes, "prototypes")
     if not bool(prototypes.isfinite().all()):
         raise ValueError("Expected finite `prototypes`, but got NaN or infinity.")
     if prototypes.dim() != 2 or len(prototypes) < 2:

@@ -6,7 +6,7 @@ there.  Data may be tensors on any device, NumPy arrays or lists.  ImportError w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +84,7 @@ def order(prototypes: Any, names: Sequence[str] | None = None, ax: Axes | None =
 def distribution(
     logits: Any,
     names: Sequence[str] | None = None,
-    true: int | None = None,
+    true: int | str | None = None,
     interval: tuple[int, int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -93,7 +93,7 @@ def distribution(
     Args:
         logits: (K,) of the sample.
         names: of the K ranks; default their indices.
-        true: index of its true rank, which an arrow marks.
+        true: index (or name) of its true rank, which an arrow marks.
         interval: first and last rank of its set, as `ConformalRanks.predict` gives them.
         ax: where to draw.
 
@@ -104,20 +104,21 @@ def distribution(
     rows = _finite(logits, "logits")
     if rows.dim() != 1 or len(rows) < 2:
         raise ValueError(f"Expected `logits` (K,) of one sample, K at least 2, but got shape {tuple(rows.shape)}.")
-    labels, ax = _names(names, len(rows)), _axes(ax)
-    first, last = (0, -1) if interval is None else (int(bound) for bound in interval)
-    for argument, rank in (("true", true), ("interval", first), ("interval", max(last, 0))):
-        if rank is not None and not 0 <= int(rank) < len(rows):
-            raise ValueError(f"Expected `{argument}` to hold ranks in 0…{len(rows) - 1}, but got {int(rank)}.")
-    probabilities = torch.softmax(rows, dim=0).tolist()
-    if interval is not None and first > last:
+    labels = _names(names, len(rows))
+    places = [_place(rank, names, len(rows), "true") for rank in ([] if true is None else [true])]
+    bounds = [] if interval is None else [*interval] if hasattr(interval, "__iter__") else [interval]
+    if len(bounds) not in (0, 2):
+        raise ValueError(f"Expected `interval` to be the first and the last rank of a set, but got {interval!r}.")
+    first, last = [_place(rank, names, len(rows), "interval") for rank in bounds] or (0, -1)
+    if bounds and first > last:
         raise ValueError(f"Expected `interval` from its first to its last rank, but got {first} and {last}.")
+    ax, probabilities = _axes(ax), torch.softmax(rows, dim=0).tolist()
     colors = [MARKED if first <= rank <= last else PLAIN for rank in range(len(rows))]
     ax.bar(range(len(rows)), probabilities, color=colors)
-    if interval is not None:
+    if bounds:
         ax.axvspan(first - 0.5, last + 0.5, color=MARKED, alpha=0.12, label=f"set: {labels[first]} to {labels[last]}")
-    if true is not None:
-        ax.plot(int(true), probabilities[int(true)], "v", color=TRUE, markersize=9, label=f"true: {labels[int(true)]}")
+    for rank in places:
+        ax.plot(rank, probabilities[rank], "v", color=TRUE, markersize=9, label=f"true: {labels[rank]}")
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
     _rank_ticks(ax, labels, "x")
@@ -163,7 +164,7 @@ def coverage_width(
     test_logits: Any,
     test_labels: Labels,
     score: str = "cdf",
-    coverages: Sequence[float] = COVERAGES,
+    coverages: float | Sequence[float] = COVERAGES,
     ax: Axes | None = None,
     label: str | None = None,
 ) -> Axes:
@@ -180,13 +181,14 @@ def coverage_width(
     Raises:
         ValueError, TypeError: as `ConformalRanks`; TypeError for what is no Axes.
     """
-    ax, points = _axes(ax), []
-    for asked in sorted(coverages):
+    points = []
+    for asked in sorted([coverages] if isinstance(coverages, (int, float)) else coverages):
         first, last = ConformalRanks(asked, score).fit(logits, labels).predict(test_logits)
         points.append((metrics.mean_width(first, last), metrics.coverage(first, last, test_labels), asked))
     if not points:
         raise ValueError("Expected at least one of `coverages`, but got none.")
     widths, found, wanted = zip(*points, strict=True)
+    ax = _axes(ax)
     (line,) = ax.plot(widths, found, "o-", label=label or score)
     ax.scatter(widths, wanted, marker="_", s=120, color=line.get_color(), zorder=3)
     ax.set(xlabel="mean width in ranks", ylabel="coverage (dash: asked for)", ylim=(None, 1.02))
@@ -197,7 +199,7 @@ def coverage_width(
 def _axes(ax: Any) -> Any:
     """The given Axes, or new ones."""
     if ax is not None:
-        if not hasattr(ax, "imshow"):
+        if not hasattr(ax, "imshow") or not hasattr(ax, "figure"):
             raise TypeError(f"Expected `ax` to be one matplotlib Axes, but got {type(ax).__name__}.")
         return ax
     try:
@@ -222,11 +224,25 @@ def _rows(prototypes: Any) -> Tensor:
 
 
 def _names(names: Sequence[str] | None, number: int) -> list[str]:
-    """A short name for each of K ranks."""
+    """A short name for each of K ranks, with nothing in it that matplotlib would take for mathematics."""
+    if names is not None and (isinstance(names, (str, Mapping)) or not hasattr(names, "__iter__")):
+        raise TypeError(f"Expected `names` to be a list, lowest rank first, but got {names!r}.")
     known = [str(name) for name in (range(number) if names is None else names)]
     if len(known) != number:
         raise ValueError(f"Expected a name for each of the {number} ranks in `names`, but got {len(known)}.")
-    return [name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…" for name in known]
+    short = [name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…" for name in known]
+    return [name.replace("$", r"\$") for name in short]
+
+
+def _place(rank: Any, names: Sequence[str] | None, number: int, argument: str) -> int:
+    """The index of a rank that is given by its index or its name."""
+    if isinstance(rank, str) and names is not None and rank in (known := [str(name) for name in names]):
+        return known.index(rank)
+    if hasattr(rank, "tolist"):
+        rank = rank.tolist()
+    if not hasattr(rank, "__index__") or not 0 <= rank < number:
+        raise ValueError(f"Expected `{argument}` to hold ranks in 0…{number - 1}, but got {rank!r}.")
+    return int(rank)
 
 
 def _shown(number: int) -> range:

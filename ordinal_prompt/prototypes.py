@@ -14,7 +14,7 @@ from ordinal_prompt.cache import Kept, traced
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
-from ordinal_prompt.labels import all_strings, rank_indices
+from ordinal_prompt.labels import any_string, rank_indices
 from ordinal_prompt.matching import unit_prototypes
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.reuse import one_backward
@@ -74,7 +74,7 @@ class RankPrototypes(nn.Module):
 
     def rank_indices(self, values: Any, nearest: bool = False) -> Tensor:
         """Rank indices of labels that are names or values of these ranks; see `ordinal_prompt.rank_indices`."""
-        named = self.config.rank_names is not None and all_strings(values)
+        named = self.config.rank_names is not None and any_string(values)
         return rank_indices(values, self.rank_names if named else self.config.values, nearest)
 
     def prototypes(self) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, RankNumbers, label_tensor, number_tensor, rank_tensor
-from ordinal_prompt.decoding import decode
+from ordinal_prompt.arrays import Labels, RankNumbers, is_categorical, label_tensor, number_tensor, rank_tensor
+from ordinal_prompt.decoding import check_rule, decode
 
 
 def read_labels(labels: Labels, num_ranks: int | None = None, argument: str = "labels") -> Tensor:
@@ -45,9 +46,24 @@ def read_logits(logits: Any, labels: Labels) -> tuple[Tensor, Tensor]:
             f"{tuple(z.shape)} and labels of shape {shape}."
         )
     z = z.reshape(-1, z.shape[-1])
+    warn_of_probabilities(z)
     if not bool((z < torch.inf).all()) or bool((z.amax(dim=1) == -torch.inf).any()):
         raise ValueError("Expected finite `logits`, but got NaN or infinity.")
     return z, read_labels(labels, z.shape[1])
+
+
+def warn_of_probabilities(logits: Tensor) -> None:
+    """Warns where all rows (..., K) are those of probabilities, of which the logarithm is meant."""
+    if torch.compiler.is_compiling() or logits.is_meta or not logits.numel():
+        return
+    z = logits.detach()
+    like = ((z >= 0) & (z <= 1)).all() & ((z.sum(dim=-1) - 1).abs() < 1e-3).all() & ((z > 0) & (z < 1)).any()
+    if bool(like):
+        warnings.warn(
+            "Expected logits, but got rows of numbers in 0…1 that sum to one: probabilities? Pass their logarithm, or "
+            "what the model gives before its softmax.",
+            stacklevel=4,
+        )
 
 
 def read_predictions(
@@ -59,17 +75,22 @@ def read_predictions(
         predictions: logits (..., K), decoded by `rule`, or values (...).
         labels: (...) rank indices.
         values: (K,) of the ranks; default their indices.
+        rule: of `decode`.
         num_ranks: K, where neither logits nor values tell; default up to the highest label.
 
     Raises:
         ValueError, TypeError: as `read_logits`; values that do not increase.
     """
-    given = _numbers(predictions, "predictions")
+    check_rule(rule)
+    given = label_tensor(predictions, "predictions") if is_categorical(predictions) else predictions
+    given = _numbers(given, "predictions")
     numbers = None if values is None else rank_tensor(values, "values").detach().cpu().double()
     if numbers is not None and (numbers.dim() != 1 or len(numbers) < 2 or not bool((numbers.diff() > 0).all())):
         raise ValueError(f"Expected increasing `values`, one for each rank, but got {numbers.tolist()}.")
     shape = tuple(label_tensor(labels).shape)
     if tuple(given.shape) == shape:
+        if len(shape) > 1 and _one_hot(label_tensor(labels)) and bool((given != given.round()).any()):
+            raise ValueError("Expected `labels` (...) as rank indices, but got one-hot rows; pass labels.argmax(-1).")
         ranks = read_labels(labels, num_ranks if numbers is None else len(numbers))
         if numbers is None:
             numbers = torch.arange(num_ranks or int(ranks.max()) + 1, dtype=torch.float64)
@@ -85,6 +106,8 @@ def read_predictions(
             f"{tuple(given.shape)} for labels of shape {shape}."
         )
     z, ranks = read_logits(given, labels)
+    if num_ranks not in (None, z.shape[1]):
+        raise ValueError(f"Expected `num_ranks` to be {z.shape[1]}, as the logits have, but got {num_ranks}.")
     numbers = torch.arange(z.shape[1], dtype=torch.float64) if numbers is None else numbers
     return decode(z, rule, numbers), ranks, numbers
 
@@ -93,6 +116,10 @@ def mean_by_rank(numbers: Tensor, ranks: Tensor, num_ranks: int) -> Tensor:
     """(K,) means of numbers (N,) over the samples of each rank (N,); NaN where there are none."""
     sums = torch.zeros(num_ranks, dtype=torch.float64).index_add_(0, ranks, numbers.double())
     return sums / torch.bincount(ranks, minlength=num_ranks)
+
+
+def _one_hot(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all() & (labels.sum(dim=-1) == 1).all())
 
 
 def _numbers(data: Any, argument: str) -> Tensor:

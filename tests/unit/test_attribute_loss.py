@@ -54,3 +54,18 @@ def test_mistakes(clip: Any) -> None:
         op.OrdinalPromptLosses({})
     with pytest.raises(TypeError, match="the loss of 'a' to be a module, but got function"):
         op.OrdinalPromptLosses({"a": nn.functional.cross_entropy})
+
+
+def test_more_mistakes() -> None:
+    losses = op.OrdinalPromptLosses({"age": op.OrdinalPromptLoss()})
+    batch = {"age": torch.zeros(2, 3)}, {"age": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match="`sample_weight` of 'age', but got one of 'ages'"):
+        losses(*batch, {"ages": torch.ones(2)})
+    with pytest.raises(TypeError, match="`weights` to be a dictionary of 'age', but got 0.5"):
+        op.OrdinalPromptLosses({"age": op.OrdinalPromptLoss()}, 0.5)
+    with pytest.raises(ValueError, match="can be names of modules, but got 'a.b'"):
+        op.OrdinalPromptLosses({"a.b": op.OrdinalPromptLoss()})
+    with pytest.raises(TypeError, match="`losses` to be a dictionary"):
+        op.OrdinalPromptLosses([op.OrdinalPromptLoss()])
+    other = op.OrdinalPromptLosses({"age": torch.nn.CrossEntropyLoss()})
+    torch.testing.assert_close(other(*batch), torch.tensor(3.0).log())

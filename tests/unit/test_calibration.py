@@ -107,3 +107,32 @@ def test_mistakes() -> None:
         op.adapt_prior(logits, [1, 1])
     with pytest.raises(ValueError, match="logits of 2 ranks"):
         op.Calibration(1.0, (0.0, 0.0))(logits)
+
+
+def test_numpy_masked_ranks_and_inference_mode() -> None:
+    logits, labels = samples(100, torch.tensor([0.0, 1.0, 0.0]), 2.0)
+    expected = op.calibrate(logits, labels)
+    with torch.inference_mode():
+        assert op.calibrate(logits * 1, labels * 1) == expected
+        smooth = op.adapt_prior(logits * 1, [1, 1, 1], smoothing=0.02)
+    assert smooth == op.adapt_prior(logits.numpy(), [1, 1, 1], smoothing=0.02)
+    torch.testing.assert_close(expected(logits.numpy()), expected(logits))
+    masked = op.calibrate(torch.cat([logits, torch.full((100, 1), -torch.inf)], 1), labels)
+    assert masked.temperature == pytest.approx(expected.temperature, rel=1e-3)
+    with pytest.warns(UserWarning, match="Pass their logarithm"):
+        op.calibrate(logits.softmax(1), labels)
+    absent = op.adapt_prior(logits, [1, 1, 1], [1, 0, 1])
+    assert absent(logits).softmax(1)[:, 1].max() < 1e-6
+
+
+def test_what_cannot_be_folded() -> None:
+    calibration = op.Calibration(1.0, (0.0, 1.0))
+    nested = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 2)))
+    folded = calibration.fold(nested)
+    torch.testing.assert_close(folded(torch.ones(1, 3)), calibration(nested(torch.ones(1, 3))))
+    with pytest.raises(ValueError, match="layers of 2 ranks, but they have 1"):
+        calibration.fold(nn.Linear(3, 1))
+    with pytest.raises(TypeError, match="end in a linear one"):
+        calibration.fold(nn.Sequential())
+    with pytest.raises(ValueError, match="finite `temperature` above zero"):
+        op.Calibration(-1.0, (0.0, 0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -71,7 +72,10 @@ def test_known_frequencies_of_the_ranks(width: int | None, clip: Any, tokenizer:
         layers = adapted.export()
         exported = layers(torch.tensor(features, dtype=next(layers.parameters()).dtype))
         np.testing.assert_allclose(exported.softmax(1), expected, atol=1e-5)
-    for wrong, message in (([1, 2], "3 frequencies above zero"), ({"bad": 1, "ok": 2}, "of the ranks .*those of")):
+    for wrong, message in (
+        ([1, 2], "3 frequencies that are"),
+        ({"bad": 1, "ok": 2}, "of the ranks .*those of"),
+    ):
         with pytest.raises(ValueError, match=message):
             clone(plain).set_params(priors=wrong).fit(features, labels)
 
@@ -131,3 +135,61 @@ def test_scikit_learn_is_loaded_where_it_is_used() -> None:
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert output.strip().endswith("pip install 'ordinal_prompt[sklearn]'.")
+
+
+def test_indices_with_names_serve_the_scorers_of_scikit_learn() -> None:
+    names = ["terrible", "poor", "good", "excellent"]
+    features, labels = task(names, 80)
+    indices = op.rank_indices(labels, names).numpy()
+    with pytest.warns(UserWarning, match="`rank_names` in place of `ranks`"):
+        cross_val_score(op.OrdinalPromptClassifier(None, names), features, labels, cv=2, scoring="neg_log_loss")
+    ours = op.OrdinalPromptClassifier(None, rank_names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = cross_val_score(ours, features, indices, cv=2, scoring="roc_auc_ovr")
+    assert scores.min() > 0.7
+    assert cross_val_predict(ours, features, indices, cv=2, method="predict_proba").shape == (80, 4)
+    with pytest.raises(ValueError, match=r"but got the numbers \[0 1 2 3\]; for indices"):
+        op.OrdinalPromptClassifier(None, names).fit(features, indices)
+
+
+def test_names_reach_the_text_encoder(clip: Any, tokenizer: Any) -> None:
+    features, labels = task(NAMES)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": "it is"}
+    named = op.OrdinalPromptClassifier(clip, NAMES, **options).fit(features, labels)
+    indices = op.rank_indices(labels, NAMES).numpy()
+    indexed = op.OrdinalPromptClassifier(clip, rank_names=NAMES, **options).fit(features, indices)
+    np.testing.assert_allclose(indexed.predict_proba(features), named.predict_proba(features))
+    assert indexed.classes_.tolist() == [0, 1, 2]
+    ordered = pd.Series(pd.Categorical(labels, NAMES, ordered=True))
+    assert op.OrdinalPromptClassifier(clip, **options).fit(features, ordered).classes_.tolist() == NAMES
+
+
+def test_labels_as_columns_and_other_lengths() -> None:
+    features, labels = task(NAMES)
+    classifier = op.OrdinalPromptClassifier(None, NAMES).fit(features, labels)
+    expected = classifier.score(features, labels)
+    assert classifier.score(features, pd.DataFrame({"y": labels})) == expected
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        classifier.score(features, labels[:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "error", "match"),
+    [
+        ({"ranks": 3}, None, TypeError, "`ranks` to list the labels, lowest first, but got 3"),
+        ({"ranks": {"bad": 1}}, None, TypeError, "`ranks` to list the labels"),
+        ({"ranks": ["bad", "fair", "good", "good"]}, None, ValueError, "name each label once"),
+        ({"ranks": NAMES}, ["bad", None, "good"] * 20, ValueError, "but got None"),
+        ({}, [1.0, 1.5, 2.0] * 20, ValueError, "If labels are ordered, pass `ranks`"),
+        ({"rank_names": ["low", "high"]}, None, TypeError, "to be numbers, but got str"),
+        ({"ranks": NAMES, "rank_names": ["low", "high"]}, None, ValueError, "`rank_names` of 3 ranks"),
+    ],
+)
+def test_mistaken_labels(options: Any, labels: Any, error: Any, match: str) -> None:
+    features, right = task(NAMES)
+    given = right if labels is None else np.array(labels, dtype=object if None in labels else None)
+    with pytest.raises(error, match=match):
+        op.OrdinalPromptClassifier(None, **options).fit(features, given)
+    with pytest.raises(ValueError, match="`sample_weight` that is not negative"):
+        op.OrdinalPromptClassifier(None, NAMES).fit(features, right, -np.ones(60))

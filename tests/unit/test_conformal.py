@@ -302,7 +302,7 @@ def test_mistakes() -> None:
         op.ConformalRanks().fit(logits, labels + 1)
     with pytest.raises(ValueError, match="logits of 5 ranks"):
         op.ConformalRanks(0.5).fit(logits, labels).predict(logits[:, :3])
-    with pytest.raises(ValueError, match="`shift` to be 5 ratios above zero"):
+    with pytest.raises(ValueError, match="`shift` to be 5 ratios that are not negative, nor all"):
         op.ConformalRanks().fit(logits, labels, shift=torch.zeros(5))
     with pytest.raises(TypeError, match="`logits` to be numbers, but got str"):
         op.ConformalRanks(0.5).fit(logits, labels).predict("logits")
@@ -324,3 +324,28 @@ def test_mistakes() -> None:
     for text in ("", "[]", "{}", '{"coverage": 2, "score": "cdf", "by_rank": false, "thresholds": [1]}'):
         with pytest.raises(ValueError, match="what ConformalRanks.to_json wrote"):
             op.ConformalRanks.from_json(text)
+
+
+def test_more_mistakes() -> None:
+    logits, labels = samples(60, 3, 0)
+    sets = op.ConformalRanks(np.float32(0.5), by_rank=np.bool_(False)).fit(logits, labels)
+    assert torch.equal(op.ConformalRanks.from_json(sets.to_json()).thresholds, sets.thresholds)
+    with pytest.raises(ValueError, match="`by_rank` to be True or False, but got 'no'"):
+        op.ConformalRanks(by_rank="no")
+    with pytest.raises(ValueError, match=r"`coverage` in \(0, 1\), but got None"):
+        op.ConformalRanks(None)
+    with pytest.raises(ValueError, match="2 rows of thresholds are needed"):
+        op.ConformalRanks.from_json(
+            json.dumps({**json.loads(sets.to_json()), "groups": ["a", "b"], "thresholds": [[1.0]]})
+        )
+    groups = [np.int64(place % 2) for place in range(60)]
+    grouped = op.ConformalRanks(0.5).fit(logits, labels, groups=groups)
+    assert grouped.predict(logits[0], groups=1)[0].shape == ()
+    with pytest.raises(ValueError, match="60 of `groups` are missing"):
+        op.ConformalRanks(0.5).fit(logits, labels, groups=pd.Series([pd.NA] * 60, dtype="string"))
+    with pytest.raises(TypeError, match="names or integers, but got datetime64"):
+        op.ConformalRanks(0.5).fit(logits, labels, groups=np.array(["2024-01-01"] * 60, dtype="datetime64[D]"))
+    with pytest.warns(UserWarning, match="Pass their logarithm"):
+        sets.predict(logits.softmax(1))
+    never = op.ConformalRanks(0.5).fit(logits, labels, shift=[1, 1, 0])
+    assert never.thresholds is not None

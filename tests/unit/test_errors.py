@@ -204,7 +204,7 @@ LOGITS, LABELS = torch.zeros(8, 5), torch.arange(8) % 5
         (lambda: op.OrdinalPromptLoss(0, 0), ValueError, "`ce_weight` or `kl_weight` to be above zero"),
         (lambda: op.OrdinalPromptLoss(ignore_index="none"), TypeError, "`ignore_index` to be a number, as -100"),
         (lambda: op.rank_indices([1, float("nan")], [1, 2], nearest=True), ValueError, "drop or mend them.$"),
-        (lambda: op.soft_labels([0], 1), ValueError, "`num_ranks` to be at least 2"),
+        (lambda: op.soft_labels([0], 1), ValueError, "`num_ranks` to be a whole number, at least 2"),
         (lambda: op.adapt_prior(LOGITS[:0], [1] * 5), ValueError, "0 samples.*pass `prior` if it is known"),
         (lambda: op.adapt_prior(LOGITS / 0, [1] * 5), ValueError, "8 samples, or NaN"),
         (lambda: op.ConformalRanks("0.9"), ValueError, r"`coverage` in \(0, 1\), but got '0.9'"),

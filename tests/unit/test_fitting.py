@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,21 @@ def fitted_head(clip: Any, tokenizer: Any, **options: Any) -> op.OrdinalPromptHe
     return op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, context="it is {}", **recipe)
 
 
+@functools.cache
+def smoothed(counts: tuple[int, ...]) -> Any:
+    def value(logs: Any) -> float:
+        logs = logs - np.log(np.exp(logs).sum())
+        return float(-(np.array(counts) * logs).sum() + (len(counts) - 1) * (np.diff(logs) ** 2).sum())
+
+    found = scipy.optimize.minimize(value, np.zeros(len(counts)), tol=1e-10).x
+    return found - found.mean()
+
+
+def usual(labels: Any) -> Any:
+    """The log of the frequencies of five ranks, smoothed, from its definition."""
+    return smoothed(tuple(np.bincount(labels, minlength=5).tolist()))
+
+
 def objective(x: Any, y: Any, prototypes: Any, log_scale: float, prior: Any) -> Any:
     """The negative log posterior of (Δ, bias, log ratio) over N, from its definition, for scipy."""
 
@@ -40,7 +56,7 @@ def objective(x: Any, y: Any, prototypes: Any, log_scale: float, prior: Any) -> 
         logits = math.exp(log_scale) * x @ (math.exp(flat[-1]) * prototypes + deviation).T + bias
         logits = logits - logits.max(axis=1, keepdims=True)
         nll = sum(np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, y, strict=True))
-        penalty = prior.size * (deviation**2).sum() + (bias**2).sum() + flat[-1] ** 2 / (2 * SCALE_SD**2)
+        penalty = prior.size * (deviation**2).sum() + ((bias - usual(y)) ** 2).sum() + flat[-1] ** 2 / (2 * SCALE_SD**2)
         for rank in range(ranks - 1):
             penalty += prior.tie * (ranks - 1) ** 2 * ((deviation[rank + 1] - deviation[rank]) ** 2).sum()
         return float(nll + penalty) / len(y)
@@ -74,7 +90,7 @@ def test_without_prototypes_it_is_a_tied_penalised_linear_map() -> None:
     np.testing.assert_allclose(fitted.bias.numpy(), found[15:20] - weight @ x.mean(0).numpy(), atol=1e-3)
 
 
-@pytest.mark.parametrize("number", [5, 40])  # fewer and more samples than features
+@pytest.mark.parametrize("number", [5, 7, 43])  # fewer and more samples than features, as many of each rank and not
 def test_the_head_has_the_fitted_map_and_training_would_leave_it(number: int, clip: Any, tokenizer: Any) -> None:
     features, labels = task(number)
     head = fitted_head(clip, tokenizer).double()
@@ -82,13 +98,14 @@ def test_the_head_has_the_fitted_map_and_training_would_leave_it(number: int, cl
     unit = F.normalize(features.double(), dim=1)
     fitted = fit_map(unit, labels, head.prototypes().detach())
     torch.testing.assert_close(head(features.double()), unit @ fitted.weight.T + fitted.bias, atol=1e-4, rtol=1e-5)
-    loss = head.loss()(head(features.double()), labels) + op.regularization(head, number)
+    counts = labels.bincount(minlength=5)
+    loss = head.loss()(head(features.double()), labels) + op.regularization(head, number, counts)
     loss.backward()
     for name in ("residual", "residual_bias", "logit_scale"):
         assert getattr(head, name).grad.abs().max() < 1e-6, name
     with torch.no_grad():
         head.residual.add_(1e-3 * torch.randn(5, 12))
-    worse = head.loss()(head(features.double()), labels) + op.regularization(head, number)
+    worse = head.loss()(head(features.double()), labels) + op.regularization(head, number, counts)
     assert worse > loss
 
 

@@ -88,5 +88,40 @@ def test_soft_labels_of_mistakes() -> None:
         op.soft_labels([0], 5, "normal")
     with pytest.raises(ValueError, match="rank indices in 0…4"):
         op.soft_labels([5], 5)
-    with pytest.raises(ValueError, match="rank indices in 0…4"):
+    with pytest.raises(TypeError, match="`indices` to be integers"):
         op.soft_labels([0.5], 5)
+
+
+def test_names_of_any_shape() -> None:
+    names = ["bad", "fair", "good"]
+    expected = torch.tensor([[2, 0], [1, 1]])
+    nested = [["good", "bad"], ["fair", "fair"]]
+    for kind in (nested, np.array(nested), np.array(nested, dtype=object), pd.DataFrame(nested)):
+        assert torch.equal(op.rank_indices(kind, names), expected)
+    with pytest.raises(ValueError, match="but got None, nan"):
+        op.rank_indices(["good", None, float("nan")], names)
+    with pytest.raises(TypeError, match="a list or an array of names, but got 'good'"):
+        op.rank_indices("good", names)
+    with pytest.raises(ValueError, match="none twice"):
+        op.rank_indices(["a"], ["a", "b", "a"])
+
+
+def test_values_keep_their_digits() -> None:
+    days = [20240102, 20240103, 20240104]
+    for kind in ([20240103.0], pd.Series([20240103.0]), np.array([20240103.0])):
+        assert op.rank_indices(kind, days).tolist() == [1]
+    with pytest.raises(ValueError, match="20240102 to 20240104, but got 20240105"):
+        op.rank_indices([20240105.0], days)
+    assert op.rank_indices(torch.tensor([1.1]).half(), [1.0, 1.1]).tolist() == [1]
+    with pytest.raises(ValueError, match="fit no rank"):
+        op.rank_indices(torch.tensor([1931.0]).bfloat16(), [1930, 1931])  # rounded to 1928
+
+
+def test_soft_labels_of_many_ranks() -> None:
+    pytest.importorskip("dlordinal")
+    with pytest.warns(UserWarning, match=r"Of 101 ranks, binomial soft labels give \d+ less than another rank"):
+        op.soft_labels([0], 101, "binomial")
+    with pytest.raises(ValueError, match="no beta soft labels for 101 ranks; choose another"):
+        op.soft_labels([0], 101, "beta")
+    codes = pd.Series(pd.Categorical([3, 1], [3, 2, 1], ordered=True))
+    assert op.soft_labels(codes, 4).argmax(1).tolist() == [0, 2]

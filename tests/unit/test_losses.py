@@ -189,7 +189,7 @@ def test_sample_weights_are_those_of_repeated_samples() -> None:
     times = torch.tensor([1, 3, 2, 1])
     ce = cross_entropy_loss(logits.repeat_interleave(times, 0), labels.repeat_interleave(times))
     torch.testing.assert_close(cross_entropy_loss(logits, labels, sample_weight=times), ce)
-    with pytest.raises(ValueError, match="one `sample_weight` for each sample, none negative"):
+    with pytest.raises(ValueError, match="one finite `sample_weight` for each sample, none negative"):
         op.OrdinalPromptLoss()(logits, labels, -times)
 
 
@@ -253,3 +253,66 @@ def test_processes_see_the_global_batch(sizes: list[int], missing: list[int], tm
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradient, weight.grad)
         assert bool(there.any()) or loss == 0
+
+
+def test_the_trainer_counts_the_numbers_of_all_kinds_of_labels() -> None:
+    logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
+    loss = op.OrdinalPromptLoss()
+    expected = loss(logits, labels)
+    for kind in (labels, F.one_hot(labels, 5).float(), torch.stack([labels, labels], 1)):
+        items = (kind != -100).sum()  # as transformers counts
+        torch.testing.assert_close(loss(logits, kind, num_items_in_batch=items), expected)
+
+
+def test_missing_distributions_and_values() -> None:
+    logits, votes = torch.randn(3, 4), torch.eye(4)[:3]
+    expected = op.OrdinalPromptLoss()(logits[:2], votes[:2])
+    votes[2] = torch.nan  # no votes, divided by their number
+    torch.testing.assert_close(op.OrdinalPromptLoss()(logits, votes, [1, 1, 0]), expected)
+    torch.testing.assert_close(op.OrdinalPromptLoss(ignore_index=torch.nan)(logits, votes), expected)
+    votes[2] = -100
+    torch.testing.assert_close(op.OrdinalPromptLoss(ignore_index=-100)(logits, votes), expected)
+    stars = op.OrdinalPromptLoss(rank_values=[1, 2, 3, 4], ignore_index=float("nan"))
+    torch.testing.assert_close(stars(logits, torch.tensor([1, 2, torch.nan])), expected)
+
+
+def test_masked_ranks_that_are_absent_change_nothing() -> None:
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 4
+    logits[:, 4] = -torch.inf
+    value, gradient = both(op.OrdinalPromptLoss(), logits, labels)
+    torch.testing.assert_close(value, op.OrdinalPromptLoss()(logits[:, :4], labels))
+    assert gradient.isfinite().all()
+    value, gradient = both(op.OrdinalPromptLoss(kl_weight=0), logits, F.one_hot(labels, 5).float())
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_values_keep_their_digits() -> None:
+    days = [20240101, 20240102, 20240103, 20240104]
+    loss = op.OrdinalPromptLoss(rank_values=days).half()
+    torch.testing.assert_close(loss(LOGITS, torch.tensor(days[:3])), op.OrdinalPromptLoss()(LOGITS, LABELS))
+
+
+def test_unusual_but_right() -> None:
+    logits = torch.randn(4)
+    torch.testing.assert_close(op.OrdinalPromptLoss()(logits, torch.tensor(1)), -logits.log_softmax(0)[1])
+    unsigned = op.OrdinalPromptLoss()(LOGITS, LABELS.to(torch.uint16))
+    torch.testing.assert_close(unsigned, op.OrdinalPromptLoss()(LOGITS, LABELS))
+    assert op.OrdinalPromptLoss()(LOGITS.to("meta"), LABELS.to("meta")).is_meta
+    with pytest.warns(UserWarning, match="Expected logits, but got rows .* that sum to one"):
+        op.OrdinalPromptLoss()(torch.rand(3, 4).softmax(1), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ce_weight": torch.ones(4)}, "`ce_weight` to be a number, but got Tensor; weights of the ranks are"),
+        ({"label_smoothing": "0.1"}, "`label_smoothing` to be a number, but got str"),
+        ({"kl_weight": None}, "`kl_weight` to be a number, but got NoneType"),
+    ],
+)
+def test_options_that_are_no_numbers(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        op.OrdinalPromptLoss(**options)
+    with pytest.raises(ValueError, match="one finite `sample_weight`"):
+        op.OrdinalPromptLoss()(LOGITS, LABELS, torch.tensor([1, torch.inf, 1]))

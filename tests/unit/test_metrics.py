@@ -195,9 +195,9 @@ def test_more_mistakes() -> None:
         metrics.mean_absolute_error([1.0, 2.0], [0, 2], values=[1, 2])
     with pytest.raises(ValueError, match="K at least 2"):
         metrics.ranked_probability_score([[1.0], [2.0]], [0, 0])
-    with pytest.raises(ValueError, match="at least one of `bins`"):
+    with pytest.raises(ValueError, match="`bins` to be a whole number, at least 1"):
         metrics.reliability([[1.0, 2.0]], [0], bins=0)
-    with pytest.raises(ValueError, match="2 sets for 3 labels"):
+    with pytest.raises(ValueError, match="to have one shape"):
         metrics.coverage([0, 1], [1, 1], [0, 1, 1])
     with pytest.raises(ValueError, match="end before they start"):
         metrics.mean_width([2], [1])
@@ -231,7 +231,28 @@ def test_bad_prototypes(shape: tuple[int, ...], span: int | None, match: str) ->
 
 
 def test_ordinality_of_what_is_no_prototype() -> None:
-    with pytest.raises(TypeError, match="`prototypes` to be a tensor, but got Linear"):
+    with pytest.raises(TypeError, match="`prototypes` to be numbers, but got Linear"):
         op.ordinality(torch.nn.Linear(3, 4))
     with pytest.raises(ValueError, match="finite `prototypes`"):
         op.ordinality(torch.full((3, 4), float("nan")))
+
+
+def test_what_looks_like_something_else() -> None:
+    probabilities = torch.randn(6, 4).softmax(1)
+    labels = torch.arange(6) % 4
+    with pytest.raises(ValueError, match=r"got one-hot rows; pass labels\.argmax"):
+        metrics.accuracy(probabilities, torch.nn.functional.one_hot(labels, 4))
+    with pytest.warns(UserWarning, match="Pass their logarithm"):
+        metrics.ranked_probability_score(probabilities, labels)
+    stars = pd.Series(pd.Categorical([1, 3, 5, 2], [1, 2, 3, 4, 5], ordered=True))
+    assert metrics.accuracy(stars, stars) == 1
+    with pytest.raises(ValueError, match="`rule` to be one of"):
+        metrics.mean_absolute_error([1.0], [1], rule="mode")
+    with pytest.raises(ValueError, match="`num_ranks` to be 4"):
+        metrics.mae_by_rank(probabilities.log(), labels, num_ranks=7)
+    with pytest.raises(ValueError, match=r"one shape, but got \(2,\) and \(2,\) and \(2, 1\)"):
+        metrics.coverage([0, 1], [1, 2], [[1], [1]])
+    with pytest.raises(TypeError, match="op.rank_indices makes indices of names"):
+        metrics.accuracy(["good"], [1])
+    with pytest.raises(TypeError, match="the numbers of one key at a time"):
+        metrics.summary({"age": probabilities}, labels)

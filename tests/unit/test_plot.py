@@ -155,3 +155,15 @@ def test_matplotlib_is_asked_for_where_it_is_needed() -> None:
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "pip install 'ordinal_prompt[plot]'" in output
+
+
+def test_names_with_dollars_and_places_by_name() -> None:
+    ax = op.plot.distribution([0.0, 1.0, 2.0], ["$", "$$", "$10"], true="$$", interval=(0, 1))
+    ax.figure.canvas.draw()
+    assert ax.get_xticklabels()[1].get_text() == r"\$\$"
+    with pytest.raises(ValueError, match="`true` to hold ranks in 0…2, but got 1.7"):
+        op.plot.distribution([0.0, 1.0, 2.0], true=1.7)
+    with pytest.raises(TypeError, match="`names` to be a list, lowest rank first, but got {0: 'a'}"):
+        op.plot.distribution([0.0, 1.0], {0: "a"})
+    with pytest.raises(ValueError, match="the first and the last rank of a set, but got 2"):
+        op.plot.distribution([0.0, 1.0, 2.0], interval=2)
