@@ -192,7 +192,7 @@ class OrdinalPromptHead(Pretrained):
         that are asked of a head in eval mode give a warning, since its prompts do not learn there.
         """
         check_features(features, self.in_features, self.projection is not None)
-        prototypes = self.prototypes()
+        prototypes = self._prototypes()
         dtype = torch.promote_types(prototypes.dtype, torch.promote_types(features.dtype, torch.float32))
         if self.projection is not None:
             features = project(self.projection, features)
@@ -264,7 +264,7 @@ class OrdinalPromptHead(Pretrained):
 
     @torch.no_grad()
     def _exported_map(self) -> tuple[Tensor, Tensor | None]:
-        prototypes, tensors = self.prototypes(), whole(self.state_dict())
+        prototypes, tensors = self._prototypes(), whole(self.state_dict())
         with full_precision(prototypes), gathered(self):
             weight, bias = self._linear_map(prototypes)
         check_finite(**tensors, prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))

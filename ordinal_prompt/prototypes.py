@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.cache import Kept, traced
+from ordinal_prompt.cache import Kept, ListedTensors, tensors_of, traced
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
@@ -21,17 +21,19 @@ from ordinal_prompt.reuse import one_backward
 from ordinal_prompt.text import Prompts
 from ordinal_prompt.text.towers import evaluating, text_half
 
+Prototypes = TypeVar("Prototypes", bound="RankPrototypes")
+
 
 class RankPrototypes(nn.Module):
     """K rank prototypes, which a text encoder makes of prompts: what a head has before it meets features.
 
     While something is learned, `prototypes()` encodes the prompts at every call.  Without gradients (in eval mode,
     under `torch.no_grad()`, or with frozen prompts) the prototypes are kept until a tensor that they were made of
-    changes.  Seen are optimizer steps, `load_state_dict`, writing in place (under `torch.no_grad()`, or through `.data`
-    on CPU and CUDA), assigning `.data`, `.to()`, pruning and parametrizations, in the prompts and in the text encoder
-    or the model that it shares its weights with (there without `.data`).  Not seen is what is written past PyTorch:
-    through NumPy, another library's pointer, or a replayed CUDA graph.  Under FSDP, prototypes of prompts that learn
-    are never kept, and those of frozen prompts until `load_state_dict`.
+    changes.  Of prompts, any change is seen, since their values are compared.  Of a frozen text encoder, and of the
+    model that it shares its weights with, all but two are: what is written through `.data` or past PyTorch (NumPy, a
+    replayed CUDA graph), and attributes that are no tensors (a switched adapter).  Prototypes of a text encoder that
+    learns are never kept; under FSDP, neither are those of prompts that learn, and those of frozen prompts are until
+    `load_state_dict`.
 
     Args:
         config: the options of the head.  A frozen text encoder is kept out of parameters, state dict and copies (copies
@@ -83,11 +85,19 @@ class RankPrototypes(nn.Module):
         In training they are computed anew at every call and differentiable; without gradients once, until something
         that they depend on changes.
         """
+        prototypes = self._prototypes()
+        kept = self._kept is not None and prototypes is self._kept.result
+        return prototypes.clone() if kept else prototypes  # which may be written to
+
+    def _prototypes(self) -> Tensor:
+        """As `prototypes`, but those that are kept are handed out as they are."""
         if self._differentiable():
             return self._encode(self.prompt()) if self._reused is None else self._reused_prototypes(self._reused)
         if torch.compiler.is_compiling():
             return self._in_a_graph()
-        return self._encode(self.prompt()) if traced() else self.kept_prototypes()
+        if traced() and self.text_encoder is not None:
+            return self._encode(self.prompt())
+        return self.kept_prototypes()
 
     @contextmanager
     def reuse_prototypes(self) -> Iterator[None]:
@@ -142,20 +152,24 @@ class RankPrototypes(nn.Module):
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
-        # Reading a guarded tensor may count as writing: not where nothing could be computed anew.
-        unguarded = self.text_encoder is None or handed_out(self, self.prompt)
-        guarded = () if unguarded else self.prompt.parameters()
-        self._kept = Kept(prototypes, self._sources(), guarded, [*self.prompt.modules()])
+        sources = self._sources()
+        modules, alone = [*self.prompt.modules()], self.text_encoder is None
+        self._kept = Kept(prototypes, sources, sources[0], modules, lazily=not alone)
 
     def kept_prototypes(self) -> Tensor:
         """The prototypes without gradients, (K, D); computed where there are none that hold."""
-        if self._kept is not None and self._kept.holds(self._sources(), [*self.prompt.modules()]):
-            return self._kept.result
+        kept, learns = self._kept, not self._frozen
+        if kept is not None and not learns:
+            if traced() or kept.holds(self._sources(), [*self.prompt.modules()]):
+                return kept.result
+            if self.text_encoder is None and kept.has_values(self._sources()[0]):
+                self.keep_prototypes(kept.result)  # written to, or replaced, by what they were
+                return kept.result
         # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
         with torch.inference_mode(False), torch.no_grad(), full_precision(self.rank_values), gathered(self):
             with evaluating(self.text_encoder):
                 prototypes = self._encode(self.prompt())
-            if not (handed_out(self, self.prompt) and self._learns()):
+            if not (learns or (handed_out(self, self.prompt) and self._learns())):
                 self.keep_prototypes(prototypes)
         return prototypes
 
@@ -174,6 +188,8 @@ class RankPrototypes(nn.Module):
         if current_prototypes is not None and not torch.compiler.is_exporting():
             current: Tensor = current_prototypes(self.rank_values, self._key)
             return current
+        if self.text_encoder is None and self._kept is not None:
+            return self._kept.result
         with torch.no_grad(), full_precision(self.rank_values):
             return self._encode(self.prompt())
 
@@ -197,15 +213,15 @@ class RankPrototypes(nn.Module):
 
     def _sources(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that the prototypes are made of."""
-        learned = [] if handed_out(self, self.prompt) else _tensors(self.prompt)
-        return learned, self._frozen_tensors if self._frozen else _tensors(self.text_encoder)
+        learned = [] if handed_out(self, self.prompt) else tensors_of(self.prompt)
+        return learned, self._encoder_tensors() if self._frozen else tensors_of(self.text_encoder)
 
     def _set_frozen(self, text_encoder: Any) -> None:
         if isinstance(text_encoder, nn.Module):
             text_encoder.requires_grad_(False).eval()
         # Beside the registered modules: part of no parameter list, state dict or optimizer, but see `_apply`.
         object.__setattr__(self, "text_encoder", text_encoder)
-        self._frozen_tensors = _tensors(text_encoder)
+        self._encoder_tensors = ListedTensors(text_encoder)
 
     def _build_rank_values(self) -> None:
         embeddings = self.prompt.rank_embeddings
@@ -213,6 +229,19 @@ class RankPrototypes(nn.Module):
         self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=embeddings.device)
 
     # ------------------------------------------------------------------------------------- what PyTorch does to modules
+
+    def requires_grad_(self: Prototypes, requires_grad: bool = True) -> Prototypes:
+        """As of any module, but prompts that do not learn (`learn_prompts=False`) stay as they are."""
+        super().requires_grad_(requires_grad)
+        if not self.config.learn_prompts:
+            self.prompt.requires_grad_(False)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "text_encoder" and self.__dict__.get("_frozen"):
+            self._set_frozen(value)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> RankPrototypes:
         """Training mode; a frozen text encoder stays in eval mode."""
@@ -226,11 +255,12 @@ class RankPrototypes(nn.Module):
         self._build_rank_values()  # .bfloat16() would round years to decades
         kept, self._kept = self._kept, None
         if self.text_encoder is None and kept is not None:
-            self.keep_prototypes(fn(kept.result))
+            moved = fn(kept.result)  # to_empty() would lose them, and half precision round them
+            self.keep_prototypes(kept.result.to(moved.device, torch.promote_types(moved.dtype, torch.float32)))
         if self._frozen and isinstance(self.text_encoder, nn.Module):
-            before = self._frozen_tensors
+            before = self._encoder_tensors()
             self._set_frozen(text_half(self.text_encoder)._apply(fn))  # not that of copies
-            if any(was.is_meta and not now.is_meta for was, now in zip(before, self._frozen_tensors, strict=True)):
+            if any(was.is_meta and not now.is_meta for was, now in zip(before, self._encoder_tensors(), strict=True)):
                 self._set_frozen(None)  # to_empty() gives memory, and no weights
         return self
 
@@ -254,7 +284,7 @@ class RankPrototypes(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankPrototypes:
         if self._frozen:
-            memo.update({id(part): part for part in (self.text_encoder, *self._frozen_tensors)})
+            memo.update({id(part): part for part in (self.text_encoder, *self._encoder_tensors())})
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
@@ -275,10 +305,3 @@ class RankPrototypes(nn.Module):
             "DistributedDataParallel (start the same script with torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0); a "
             "trained model runs under nn.DataParallel after op.export_heads(model)."
         )
-
-
-def _tensors(module: Any) -> list[Tensor]:
-    if not isinstance(module, nn.Module):
-        return []
-    parts = (part for inner in module.modules() for part in (*inner._parameters.values(), *inner._buffers.values()))
-    return [part for part in parts if part is not None]

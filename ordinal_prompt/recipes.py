@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ordinal_prompt.head import OrdinalPromptHead
@@ -81,6 +82,10 @@ def parameter_groups(
         ValueError: no prompt head in the model; a negative learning rate.
         TypeError: no model.
 
+    The projection of a head with `normalize=False` learns as a linear layer in its place would: a step of it goes on
+    through the prototypes, which make it longer, and is shortened by as much (the mean over the ranks of the sum of
+    |weight|, from some hundreds on; measured in `benchmarks/heads/RESULTS.md`).
+
     Example: `torch.optim.AdamW(op.parameter_groups(model, lr=1e-3))`.
     """
     if not 0 <= lr < float("inf"):  # which torch checks of no group that has its own
@@ -97,7 +102,20 @@ def parameter_groups(
         {"params": [], "lr": lr * prompt_lr_scale, "weight_decay": 0.0},
         {"params": [], "lr": lr * scale_lr_scale, "weight_decay": 0.0},
     ]
+    projected: set[nn.Parameter] = set()
+    for head in heads:
+        if head.projection is not None and not head.normalize:
+            own = [parameter for parameter in head.projection.parameters() if parameter.requires_grad]
+            groups.append({"params": own, "lr": lr / max(1.0, _stretch(head))})
+            projected.update(own)
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in projected:
             groups[1 if parameter in prompts else 2 if parameter in scales else 0]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def _stretch(head: OrdinalPromptHead) -> float:
+    """By how much the logits move at most where each projected feature moves by one."""
+    weight, _ = head._linear_map(head.prototypes())
+    return float(weight.abs().sum(dim=1).mean())

@@ -11,6 +11,7 @@ from typing import Any
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import count_text_passes, tiny_clip
@@ -98,7 +99,7 @@ def test_changes_are_seen(change: Callable[[Any], None], frozen: bool, head: op.
     head.train(frozen).prompt.requires_grad_(not frozen)  # in eval mode, or frozen prompts in training
     for _ in range(2):  # the second change is not the first
         before = head.prototypes().detach().clone()
-        assert head.prototypes().data_ptr() == head.prototypes().data_ptr()
+        assert head.kept_prototypes() is head.kept_prototypes()
         change(head)
         if frozen:
             head.prompt.requires_grad_(False)
@@ -149,6 +150,100 @@ def test_what_is_learned_in_inference_mode_is_not_kept(head: op.OrdinalPromptHea
     head.train()(FEATURES).sum().backward()
 
 
+def of_the_text_encoder_by_assigning(head: op.OrdinalPromptHead) -> None:
+    state = {name: torch.randn_like(value) for name, value in head.text_encoder.state_dict().items()}
+    head.text_encoder.load_state_dict(state, assign=True)
+
+
+def of_the_text_encoder_by_pruning(head: op.OrdinalPromptHead) -> None:
+    prune.random_unstructured(head.text_encoder.tower.transformer.resblocks[0].mlp.c_fc, "weight", 0.7)
+
+
+def of_a_layer(head: op.OrdinalPromptHead) -> None:
+    norm = nn.LayerNorm(16)
+    nn.init.normal_(norm.weight)
+    head.text_encoder.tower.ln_final = norm
+
+
+def of_all_of_it(head: op.OrdinalPromptHead) -> None:
+    head.text_encoder = op.OrdinalPromptHead(tiny_clip(), 5).text_encoder
+
+
+def by_the_data_of_a_learning_one(head: op.OrdinalPromptHead) -> None:
+    for parameter in head.text_encoder.parameters():
+        parameter.data.lerp_(torch.randn_like(parameter), 0.5)  # as exponential moving averages do
+
+
+def by_a_shared_vector(head: op.OrdinalPromptHead) -> None:
+    vector = nn.utils.parameters_to_vector(head.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, head.parameters())
+    head(FEATURES)
+    vector.mul_(-2)
+
+
+def by_a_view_in_shared_memory(head: op.OrdinalPromptHead) -> None:
+    head.share_memory()
+    head(FEATURES)
+    head.prompt.context_embeddings.data.mul_(-2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_the_text_encoder_by_assigning, of_the_text_encoder_by_pruning, of_a_layer, of_all_of_it,
+        by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
+    ],
+)  # fmt: skip
+def test_rarer_changes_are_seen(change: Callable[[Any], None]) -> None:
+    learning = change is by_the_data_of_a_learning_one
+    head = op.OrdinalPromptHead(tiny_clip(), 5, context=4, freeze_text_encoder=not learning).eval()
+    for _ in range(1 + (change is not of_the_text_encoder_by_pruning)):
+        before = head(FEATURES)
+        change(head)
+        torch.testing.assert_close(head.prototypes(), computed_anew(head))
+        torch.testing.assert_close(head.export()(FEATURES), head(FEATURES))
+        assert (head(FEATURES) - before).abs().max() > 1e-4
+
+
+def test_prototypes_may_be_written_to(head: op.OrdinalPromptHead) -> None:
+    expected = head.eval()(FEATURES)
+    head.prototypes().sub_(1)
+    assert torch.equal(head(FEATURES), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"alignment": 0.1, "residual": 1.0}])
+@pytest.mark.parametrize("way", ["whole", "assigned", "mapped", "safetensors", "numpy"])
+def test_weights_in_memory_of_others(way: str, options: dict[str, float], tmp_path: Path) -> None:
+    def build() -> op.OrdinalPromptHead:
+        return op.OrdinalPromptHead(clip, 3000, context=4, interpolation=None, **options)  # large enough
+
+    clip = tiny_clip()
+    head, file = build(), tmp_path / "head.pt"
+    if way == "safetensors":
+        safetensors.torch.save_model(head, str(file))
+        state = safetensors.torch.load_file(file)
+    else:
+        torch.save(head if way == "whole" else head.state_dict(), file)
+        state = torch.load(file, weights_only=False, mmap=way == "mapped")
+    if way == "whole":
+        again = state
+    elif way == "numpy":
+        again = build()
+        for name, parameter in again.named_parameters():
+            parameter.data = torch.from_numpy(state[name].numpy().copy())
+    else:
+        again = build()
+        again.load_state_dict(state, assign=True)
+    optimizer = torch.optim.SGD(again.parameters(), lr=1.0)
+    for _ in range(2):
+        torch.testing.assert_close(again.eval().prototypes(), computed_anew(again))
+        expected = again(FEATURES)
+        again.train()(FEATURES).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(again.eval()(FEATURES), expected)
+        again.prompt.rank_embeddings.data.mul_(-1)
+
+
 # ------------------------------------------------------------------------------------------------------------- copies
 
 
@@ -188,6 +283,40 @@ def test_a_copy_of_prototypes_alone_keeps_them(head: op.OrdinalPromptHead, tmp_p
         for stale in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
             with pytest.raises(RuntimeError, match="no text encoder"):
                 stale(FEATURES)
+
+
+def test_prototypes_alone_hold_as_long_as_prompts_have_their_values(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    head.eval().save_pretrained(tmp_path)
+    expected, alone = head(FEATURES), op.OrdinalPromptHead.from_pretrained(tmp_path)
+    alone.load_state_dict(alone.state_dict())
+    assert torch.equal(alone(FEATURES), expected)
+    averaged = torch.optim.swa_utils.AveragedModel(alone)
+    averaged.update_parameters(alone)
+    averaged.update_parameters(alone)
+    torch.testing.assert_close(averaged(FEATURES), expected)
+    state = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(alone, state, (FEATURES,)), expected)
+    torch.testing.assert_close(torch.vmap(alone)(FEATURES), expected)
+    torch.testing.assert_close(alone.half().float().prototypes(), head.prototypes())
+    torch.testing.assert_close(torch.compile(alone, backend="eager")(FEATURES), alone(FEATURES))
+    alone.load_state_dict({**state, "prompt.rank_embeddings": -state["prompt.rank_embeddings"]})
+    with pytest.raises(RuntimeError, match="no text encoder"):
+        alone(FEATURES)
+
+
+@pytest.mark.skipif(OLD_TORCH, reason="torch.export loses modules that are not registered")
+def test_torch_export_of_prototypes_alone(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    head.eval().save_pretrained(tmp_path)
+    alone = op.OrdinalPromptHead.from_pretrained(tmp_path)
+    program = torch.export.export(alone, (FEATURES,))
+    torch.testing.assert_close(program.module()(FEATURES), head(FEATURES))
+
+
+def test_unfreezing_a_model_does_not_let_frozen_prompts_learn() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5, in_features=12, learn_prompts=False).requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in head.prompt.parameters())
+    assert head.projection is not None
+    assert head.projection.weight.requires_grad
 
 
 def test_heads_in_shared_memory(head: op.OrdinalPromptHead) -> None:

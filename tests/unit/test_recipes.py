@@ -122,6 +122,23 @@ def test_prompts_learn_more_slowly(clip: Any, tokenizer: Any) -> None:
     assert [group["lr"] for group in op.parameter_groups(paper, lr=1e-3)] == [pytest.approx(5e-5)]
 
 
+def test_a_step_of_the_projection_is_one_of_a_linear_layer(clip: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {**op.recipe(NAMES, prompts="fitted"), "in_features": 7, "normalize": False}
+    head = op.OrdinalPromptHead(clip, NAMES, tokenizer=tokenizer, context="it is {}", **options)
+    groups = {id(p): group["lr"] for group in op.parameter_groups(head, lr=1e-3) for p in group["params"]}
+    assert head.projection is not None
+    features, before = torch.rand(1, 7), head(torch.zeros(1, 7))
+    logits = head(features).detach()
+    with torch.no_grad():
+        head.projection.weight += groups[id(head.projection.weight)]  # a step of Adam, all of one sign
+    moved = (head(features) - logits).abs().mean()
+    assert moved <= 1e-3 * features.sum() * 1.01  # what a linear layer at this rate moves at most
+    assert groups[id(head.residual)] == 1e-3
+    assert before.isfinite().all()
+    normalizing = op.OrdinalPromptHead(clip, 5, in_features=7)
+    assert [group["lr"] for group in op.parameter_groups(normalizing, lr=1e-3)] == [1e-3, pytest.approx(5e-5)]
+
+
 def test_names_are_trusted_as_far_as_features_agree(clip: Any, tokenizer: Any) -> None:
     """The learned weight of the names grows on features beside their prototypes, and shrinks on others."""
     grown = []
