@@ -1,15 +1,16 @@
 """A result that is kept until one of the tensors that it was made of changes.
 
 A tensor counts what is written to it, but not what is written through `.data`, or through other tensors that share its
-memory.  So those that learn are also compared by their values.  Of large ones that would take long: a lazy copy stands
-beside them, where it can, which shares their memory until either is written to, by whatever way, and the tensor moves.
+memory.  So those that learn are also compared by their values on the CPU; elsewhere that would wait for the device.  Of
+large ones it would take long: a lazy copy stands beside them, where it can, which shares their memory until either is
+written to, by whatever way, and the tensor moves.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,7 +34,6 @@ class Kept(Generic[Result]):
         sources: lists of the tensors that it was made of.
         learned: those of them that may be written to through `.data`.
         modules: that made it; a parametrization adds one.
-        lazily: large ones are not compared; see above.
     """
 
     def __init__(
@@ -42,13 +42,11 @@ class Kept(Generic[Result]):
         sources: tuple[list[Tensor], ...],
         learned: Iterable[Tensor],
         modules: Sequence[nn.Module] = (),
-        lazily: bool = True,
     ) -> None:
         self.result = result
         self.sources = sources
-        self.learned = [tensor for tensor in learned if _is_comparable(tensor)]
+        self.learned = [*learned]
         self.modules = modules
-        self.lazily = lazily
         self._mark()
 
     def holds(self, sources: tuple[list[Tensor], ...], modules: Sequence[nn.Module] = ()) -> bool:
@@ -59,30 +57,24 @@ class Kept(Generic[Result]):
             and _same(modules, self.modules)
             and self._version is not None
             and _sum_of_versions(sources) == self._version
-            and [*map(_address, self._large)] == self._addresses
-            and all(map(_has_value, self._small, self._values))
+            and [*map(_address, self.learned)] == self._addresses
+            and same_values(self._compared, self._values)
         )
 
-    def has_values(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these have the values of those that learned."""
-        same = not self._large and len(tensors) == len(self._values)
-        return same and all(map(_has_value, tensors, self._values))
-
     def _mark(self) -> None:
-        self._large = [tensor for tensor in self.learned if self.lazily and _copies_lazily(tensor)]
-        self._lazy_copies = [_lazy_copy(tensor.detach()) for tensor in self._large]  # type: ignore[misc]  # not None
-        self._addresses = [*map(_address, self._large)]
-        self._small = [tensor for tensor in self.learned if all(tensor is not large for large in self._large)]
-        self._values = [tensor.detach().clone() for tensor in self._small]
+        on_cpu = [tensor for tensor in self.learned if type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu]
+        lazily = [_copies_lazily(tensor) for tensor in on_cpu]
+        self._lazy_copies = [_lazy_copy(tensor.detach()) for tensor in compress(on_cpu, lazily)]  # type: ignore[misc]
+        self._compared = [*compress(on_cpu, map(operator.not_, lazily))]
+        self._values = values_of(self._compared)
+        self._addresses = [*map(_address, self.learned)]
         counted = not any(tensor.is_inference() for tensors in self.sources for tensor in tensors)
         self._version = _sum_of_versions(self.sources) if counted else None  # inference tensors count nothing
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are marked anew, where there is still something to keep."""
-        alone = not any(self.sources[1:]) and self.has_values(self.learned)
-        if alone or self.holds(self.sources, self.modules):
-            return {**self.__dict__, "_lazy_copies": [], "_values": []}
-        return {**self.__dict__, "sources": (), "learned": [], "_lazy_copies": [], "_values": []}
+        holds = self.holds(self.sources, self.modules)
+        return {**self.__dict__, "sources": self.sources if holds else (), "_lazy_copies": [], "_values": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,8 +94,13 @@ class ListedTensors:
             self._list()
         return self.tensors
 
+    def switches(self) -> list[Any]:
+        """How the adapters of PEFT in it are set, which are turned on and off without a tensor that changes."""
+        return [(one.disable_adapters, [*one.active_adapters], [*one.merged_adapters]) for one in self._adapters]
+
     def _list(self) -> None:
-        inner = self.module.modules() if isinstance(self.module, nn.Module) else ()
+        inner: list[Any] = [*self.module.modules()] if isinstance(self.module, nn.Module) else []
+        self._adapters = [one for one in inner if isinstance(getattr(one, "merged_adapters", None), list)]
         # Whatever reparametrizes a module, or adds to it, also takes from it: from what is not empty.
         parts: Any = (part for one in inner for part in (one._parameters, one._buffers, one._modules))
         self._dictionaries: list[dict[str, Any]] = [part for part in parts if part]
@@ -122,12 +119,18 @@ def tensors_of(module: Any) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
+def values_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies to compare with later."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def same_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    """Whether tensors have the values, the type and the device of these copies."""
+    return len(tensors) == len(values) and all(map(_has_value, tensors, values))
+
+
 def _has_value(tensor: Tensor, value: Tensor) -> bool:
-    if tensor.dtype != value.dtype or tensor.device != value.device:
-        return False
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True  # what is captured cannot wait for an answer
-    return torch.equal(tensor, value)
+    return tensor.dtype == value.dtype and tensor.device == value.device and torch.equal(tensor, value)
 
 
 def still_kept(
@@ -149,13 +152,9 @@ def _sum_of_versions(sources: tuple[list[Tensor], ...]) -> int:
     return sum(sum(map(_version, tensors)) for tensors in sources)
 
 
-def _is_comparable(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-
-
 def _copies_lazily(tensor: Tensor) -> bool:
     """Whether it is large, in memory that nobody else's tensor has, and that may move."""
-    if _lazy_copy is None or tensor.numel() < LARGE or tensor.device.type != "cpu" or tensor.is_shared():
+    if _lazy_copy is None or tensor.numel() < LARGE or tensor.is_shared():
         return False
     storage = tensor.untyped_storage()
     return storage.resizable() and storage.nbytes() == tensor.nbytes  # what torch.load gives is not: a copy would crash

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.cache import Kept, ListedTensors, tensors_of, traced
+from ordinal_prompt.cache import Kept, ListedTensors, same_values, tensors_of, traced, values_of
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
@@ -29,11 +29,11 @@ class RankPrototypes(nn.Module):
 
     While something is learned, `prototypes()` encodes the prompts at every call.  Without gradients (in eval mode,
     under `torch.no_grad()`, or with frozen prompts) the prototypes are kept until a tensor that they were made of
-    changes.  Of prompts, any change is seen, since their values are compared.  Of a frozen text encoder, and of the
-    model that it shares its weights with, all but two are: what is written through `.data` or past PyTorch (NumPy, a
-    replayed CUDA graph), and attributes that are no tensors (a switched adapter).  Prototypes of a text encoder that
-    learns are never kept; under FSDP, neither are those of prompts that learn, and those of frozen prompts are until
-    `load_state_dict`.
+    changes.  Seen are optimizer steps, `load_state_dict`, writing in place, assigning `.data`, `.to()`, new tensors and
+    modules, pruning, parametrizations and switched adapters, in the prompts, in the text encoder, and in the model that
+    it shares its weights with.  What is written through `.data` or past PyTorch (NumPy, a replayed CUDA graph) is seen
+    of prompts on the CPU, and of a text encoder that learns there, and nowhere else.  Under FSDP, prototypes of prompts
+    that learn are never kept, and those of frozen prompts until `load_state_dict`.
 
     Args:
         config: the options of the head.  A frozen text encoder is kept out of parameters, state dict and copies (copies
@@ -53,6 +53,8 @@ class RankPrototypes(nn.Module):
         self.embed_dim = embed_dim
         self._frozen = frozen = config.freeze_text_encoder or text_encoder is None
         self._kept: Kept[Tensor] | None = None
+        self._prompt_values: list[Tensor] = []
+        self._switches: list[Any] = []
         self._reused: Kept[Tensor] | None = None
         self._key = register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
@@ -153,23 +155,25 @@ class RankPrototypes(nn.Module):
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
         sources = self._sources()
-        modules, alone = [*self.prompt.modules()], self.text_encoder is None
-        self._kept = Kept(prototypes, sources, sources[0], modules, lazily=not alone)
+        learned = (tensor for tensor in sources[1] if tensor.requires_grad) if not self._frozen else ()
+        self._kept = Kept(prototypes, sources, (*sources[0], *learned), [*self.prompt.modules()])
+        self._switches = self._encoder_tensors.switches()
+        self._prompt_values = values_of(sources[0]) if self.text_encoder is None else []
 
     def kept_prototypes(self) -> Tensor:
         """The prototypes without gradients, (K, D); computed where there are none that hold."""
-        kept, learns = self._kept, not self._frozen
-        if kept is not None and not learns:
+        kept = self._kept
+        if kept is not None and self._encoder_tensors.switches() == self._switches:
             if traced() or kept.holds(self._sources(), [*self.prompt.modules()]):
                 return kept.result
-            if self.text_encoder is None and kept.has_values(self._sources()[0]):
+            if self.text_encoder is None and same_values(self._sources()[0], self._prompt_values):
                 self.keep_prototypes(kept.result)  # written to, or replaced, by what they were
                 return kept.result
         # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
         with torch.inference_mode(False), torch.no_grad(), full_precision(self.rank_values), gathered(self):
             with evaluating(self.text_encoder):
                 prototypes = self._encode(self.prompt())
-            if not (learns or (handed_out(self, self.prompt) and self._learns())):
+            if not (handed_out(self, self.prompt) and self._learns()):
                 self.keep_prototypes(prototypes)
         return prototypes
 
@@ -214,7 +218,7 @@ class RankPrototypes(nn.Module):
     def _sources(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that the prototypes are made of."""
         learned = [] if handed_out(self, self.prompt) else tensors_of(self.prompt)
-        return learned, self._encoder_tensors() if self._frozen else tensors_of(self.text_encoder)
+        return learned, self._encoder_tensors()
 
     def _set_frozen(self, text_encoder: Any) -> None:
         if isinstance(text_encoder, nn.Module):
@@ -240,8 +244,10 @@ class RankPrototypes(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "text_encoder" and self.__dict__.get("_frozen"):
             self._set_frozen(value)
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "text_encoder":
+            self._encoder_tensors = ListedTensors(value)
 
     def train(self, mode: bool = True) -> RankPrototypes:
         """Training mode; a frozen text encoder stays in eval mode."""

@@ -159,6 +159,16 @@ def of_the_text_encoder_by_pruning(head: op.OrdinalPromptHead) -> None:
     prune.random_unstructured(head.text_encoder.tower.transformer.resblocks[0].mlp.c_fc, "weight", 0.7)
 
 
+def by_an_adapter(head: op.OrdinalPromptHead) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = head.text_encoder.tower.transformer.resblocks[0].mlp
+    if isinstance(adapted.c_fc, nn.Linear):
+        config = peft.LoraConfig(target_modules=["c_fc"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, adapted)
+    else:
+        adapted.c_fc.enable_adapters(adapted.c_fc.disable_adapters)
+
+
 def of_a_layer(head: op.OrdinalPromptHead) -> None:
     norm = nn.LayerNorm(16)
     nn.init.normal_(norm.weight)
@@ -190,8 +200,8 @@ def by_a_view_in_shared_memory(head: op.OrdinalPromptHead) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        of_the_text_encoder_by_assigning, of_the_text_encoder_by_pruning, of_a_layer, of_all_of_it,
-        by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
+        of_the_text_encoder_by_assigning, of_the_text_encoder_by_pruning, by_an_adapter, of_a_layer,
+        of_all_of_it,         by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
     ],
 )  # fmt: skip
 def test_rarer_changes_are_seen(change: Callable[[Any], None]) -> None:
@@ -221,7 +231,7 @@ def test_weights_in_memory_of_others(way: str, options: dict[str, float], tmp_pa
     head, file = build(), tmp_path / "head.pt"
     if way == "safetensors":
         safetensors.torch.save_model(head, str(file))
-        state = safetensors.torch.load_file(file)
+        state: Any = safetensors.torch.load_file(file)
     else:
         torch.save(head if way == "whole" else head.state_dict(), file)
         state = torch.load(file, weights_only=False, mmap=way == "mapped")
