@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import activation
 
 from ordinal_prompt.attributes import OrdinalPromptHeads
 from ordinal_prompt.export import stands_for_linear
@@ -16,6 +17,7 @@ from ordinal_prompt.places import SharedHead
 CLASSIFIER_NAMES = frozenset(
     ["fc", "classifier", "head", "heads", "score", "last_linear", "classification_head", "output_layer", "lin_cls"]
 )
+NO_CLASSES = ("ForQuestionAnswering", "ForMultipleChoice")  # of transformers: their linear layer gives no classes
 MAX_LISTED = 12
 
 
@@ -25,6 +27,10 @@ def find_classifiers(model: nn.Module) -> list[str]:
     Raises:
         ValueError: no classifier, or several that are not known to belong together (they are listed).
     """
+    if type(model).__name__.endswith(NO_CLASSES):
+        raise ValueError(
+            f"{type(model).__name__} gives no classes; build the model ForSequenceClassification of this architecture."
+        )
     own = _named_by_timm(model) or _named_by_transformers(model)
     if own:
         return own
@@ -65,8 +71,8 @@ def named_classifier(model: nn.Module, name: str) -> str:
     if isinstance(module, nn.Sequential) and len(inside) == 1:
         return f"{name}.{inside[0]}"
     raise TypeError(
-        f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__name__}; name "
-        "the linear layer itself."
+        f"Expected {type(model).__name__}.{name} to be a linear layer, but it is a {type(module).__module__}."
+        f"{type(module).__name__}; name the linear layer itself."
     )
 
 
@@ -82,6 +88,8 @@ def is_classifier(module: Any) -> bool:
 
 def feature_width(model: nn.Module, classifier: Any) -> int | None:
     """Width of the features that reach the classifier, where it is known."""
+    if isinstance(classifier, nn.modules.lazy.LazyModuleMixin):
+        return None  # not known before the first batch
     width = getattr(classifier, "in_features", getattr(classifier, "in_channels", None))
     if width is None and isinstance(classifier, nn.Identity):  # timm with num_classes=0
         width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
@@ -135,21 +143,54 @@ def _named_by_transformers(model: nn.Module) -> list[str]:
     return named if together or len(named) == 1 else []
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether this is one of torch's activations."""
+    return type(module).__module__ == activation.__name__
+
+
 def _candidates(model: nn.Module) -> list[str]:
     """Names of the layers that may be the classifier, the likeliest kind only."""
     linear = _linear(model)
-    pointwise = [name for name in _classifiers(model) if name not in linear]
-    groups: dict[str, str] = {}  # the module with a classifier's name: its last linear layer
-    for name in linear or pointwise[-1:]:
+    last = _last_of_sequential(model)
+    if last and is_classifier(model.get_submodule(last)):
+        return [last]
+    groups: dict[str, list[str]] = {}  # the module with a classifier's name: the linear layers in it
+    for name in linear or _classifiers(model):
         parts = name.split(".")
         named = [i for i, part in enumerate(parts) if part in CLASSIFIER_NAMES]
         if named:
-            groups[".".join(parts[: named[0] + 1])] = name
-    if groups:
-        depth = min(name.count(".") for name in groups)
-        return [layer for name, layer in groups.items() if name.count(".") == depth]
-    last = _last_of_sequential(model)
-    return [last] if last in linear else linear
+            groups.setdefault(".".join(parts[: named[0] + 1]), []).append(name)
+    removed = [name for name, module in model.named_children() if isinstance(module, nn.Identity)]
+    groups |= {name: [name] for name in removed if name in CLASSIFIER_NAMES}
+    if not groups:
+        return linear or _last_of_several(model, _classifiers(model))
+    depth = min(name.count(".") for name in groups)
+    found = [
+        layer for name, inside in groups.items() if name.count(".") == depth for layer in _last(model, name, inside)
+    ]
+    # A layer further out is no part of what is named like a classifier, and may be behind it.
+    return found + [name for name in linear if name.count(".") < depth]
+
+
+def _last(model: nn.Module, name: str, inside: list[str]) -> list[str]:
+    """Of the layers inside a small network, the last; several where that cannot be told."""
+    module = model.get_submodule(name)
+    if len(inside) == 1:
+        return inside
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+        return inside
+    if isinstance(module, nn.Sequential):
+        return inside[-1:] if inside[-1].count(".") == name.count(".") + 1 else _last_of_several(model, inside)
+    return _last_of_several(model, inside)
+
+
+def _last_of_several(model: nn.Module, names: list[str]) -> list[str]:
+    """The layers whose outputs are not as many as another's inputs."""
+    layers = {name: model.get_submodule(name) for name in names}
+    widths = {name: feature_width(model, layer) for name, layer in layers.items()}
+    outputs = {name: getattr(layer, "out_channels", num_outputs(layer)) for name, layer in layers.items()}
+    ends = [name for name in names if all(outputs[name] != widths[other] for other in names if other != name)]
+    return ends or names
 
 
 def _classifiers(model: nn.Module) -> list[str]:
@@ -171,7 +212,10 @@ def _linear(model: nn.Module) -> list[str]:
 def _last_of_sequential(model: nn.Module) -> str:
     name, module = "", model
     while isinstance(module, nn.Sequential) and len(module) and not is_classifier(module):
-        leaf, module = [*module.named_children()][-1]
+        layers = [(leaf, layer) for leaf, layer in module.named_children() if not is_activation(layer)]
+        if not layers:
+            break
+        leaf, module = layers[-1]
         name = f"{name}.{leaf}" if name else leaf
     return name
 

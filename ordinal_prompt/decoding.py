@@ -14,7 +14,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
     """Predicted rank values.
 
     Args:
-        logits: (..., K).
+        logits: (..., K), or the output of a model of transformers.
         rule: `"expectation"` Σ p_i v_i, the regressed value of the paper; `"argmax"` the most probable rank;
             `"median"` the smallest rank that at least half of the probability lies at or below, which minimises the
             expected absolute error.
@@ -35,6 +35,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
     (tensor([1.3071]), tensor([1]), tensor([20.]))
     """
     check_rule(rule)
+    logits = getattr(logits, "logits", logits)  # of a model of transformers
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"Expected `logits` to be a floating point tensor, but got {_kind(logits)}.")
     if logits.dim() == 0 or logits.shape[-1] < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,11 @@ def stock_layers(weight: Tensor, bias: Tensor | None, projection: nn.Linear | No
         layers = [*unit_norm(weight.shape[1]), linear_layer(weight / weight.shape[1] ** 0.5, bias)]
         if projection is not None:
             layers.insert(0, linear_layer(projection.weight, projection.bias))
-        return no_linear_layer(nn.Sequential(*layers)).eval()
+        exported: Any = no_linear_layer(nn.Sequential(*layers)).eval()
+        exported.in_features = weight.shape[1] if projection is None else projection.in_features
+        exported.out_features = weight.shape[0]
+        whole: nn.Module = exported
+        return whole
     if projection is None:
         return linear_layer(weight, bias)
     exact = weight.double()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
@@ -203,6 +204,11 @@ class OrdinalPromptHead(Pretrained):
             logits.register_hook(_warn_of_eval_mode)
         return logits
 
+    @property
+    def out_features(self) -> int:
+        """K, as of the linear layer in whose place the head stands."""
+        return self.num_ranks
+
     def predict_proba(self, features: Tensor) -> Tensor:
         """Probabilities of the ranks, (..., K)."""
         return torch.softmax(self(features), dim=-1)
@@ -215,6 +221,7 @@ class OrdinalPromptHead(Pretrained):
         """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
         return OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
 
+    @torch.inference_mode(False)
     def export_prototypes(self, bias: bool = False) -> nn.Linear:
         """The prototypes as a new linear layer, detached: no gradients, no text encoder.
 
@@ -234,6 +241,7 @@ class OrdinalPromptHead(Pretrained):
         layer = linear_layer(weight, offset, PrototypeLinear if self.normalize else nn.Linear)
         return layer.to(self.prompt.rank_embeddings.dtype)
 
+    @torch.inference_mode(False)
     def export(self) -> nn.Module:
         """The whole head as layers of torch.nn, detached: neither a text encoder nor this package is needed to run it.
 
@@ -242,7 +250,7 @@ class OrdinalPromptHead(Pretrained):
             projection (if any), `nn.RMSNorm` and `nn.Linear`, of the head's precision.  Equal to the head on any input
             of that precision (features shorter than 1e-10 count as zero); what is not finite raises ValueError.
         """
-        with gathered(self):
+        with full_precision(self.rank_values), gathered(self):
             projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
         layers = stock_layers(*self._exported_map(), projection, self.normalize)
         return layers.to(self.prompt.rank_embeddings.dtype)
@@ -264,6 +272,9 @@ class OrdinalPromptHead(Pretrained):
 
     @torch.no_grad()
     def _exported_map(self) -> tuple[Tensor, Tensor | None]:
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(self, None)
         prototypes, tensors = self._prototypes(), whole(self.state_dict())
         with full_precision(prototypes), gathered(self):
             weight, bias = self._linear_map(prototypes)

@@ -98,11 +98,11 @@ def kl_loss(
 
 def rank_shares(labels: Tensor, logits: Tensor) -> Tensor:
     """(B, K) what each rank has of each label: all or nothing, its probability, or an equal share of a range."""
+    ranks = torch.arange(logits.shape[1], device=labels.device)
     if labels.dim() == 1:
-        return F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
+        return (labels[:, None] == ranks).to(logits.dtype)
     if not are_ranges(labels):
         return labels.to(logits.dtype)
-    ranks = torch.arange(logits.shape[1], device=labels.device)
     inside = ((ranks >= labels[:, :1]) & (ranks <= labels[:, 1:])).to(logits.dtype)
     return inside / inside.sum(dim=1, keepdim=True)
 

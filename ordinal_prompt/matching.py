@@ -69,10 +69,11 @@ def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
 
 def check_features(features: Tensor, width: int, projected: bool) -> None:
     """Raises TypeError or ValueError where features are not (..., width) floating point numbers."""
-    if isinstance(features, torch.fx.Proxy):
+    if isinstance(features, torch.fx.Proxy) or torch._C._get_tracing_state():
         raise TypeError(
-            "A prompt head cannot be traced by torch.fx (feature extraction, quantization, …): it chooses between "
-            "computing its prototypes and keeping them. Call op.export_heads(model) first, which leaves plain layers."
+            "A prompt head cannot be traced by torch.fx or torch.jit (feature extraction, quantization, …): it chooses "
+            "between computing its prototypes and keeping them. Call op.export_heads(model) first, which leaves plain "
+            "layers."
         )
     if not isinstance(features, Tensor) or not features.is_floating_point():
         kind = features.dtype if isinstance(features, Tensor) else type(features).__name__

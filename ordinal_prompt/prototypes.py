@@ -279,7 +279,7 @@ class RankPrototypes(nn.Module):
             values is not None
             and values.shape == self.rank_values.shape
             and not (values.is_meta or self.rank_values.is_meta)
-            and not torch.allclose(values.to(self.rank_values), self.rank_values)
+            and not torch.allclose(values.to(self.rank_values), self.rank_values, rtol=_rounding(values.dtype))
         ):
             error_messages.append(
                 f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
@@ -293,8 +293,11 @@ class RankPrototypes(nn.Module):
             memo.update({id(part): part for part in (self.text_encoder, *self._encoder_tensors())})
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reused": None}  # which holds for this one, inside its block
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -311,3 +314,8 @@ class RankPrototypes(nn.Module):
             "DistributedDataParallel (start the same script with torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0); a "
             "trained model runs under nn.DataParallel after op.export_heads(model)."
         )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of values that were stored in this precision."""
+    return max(1e-5, torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5

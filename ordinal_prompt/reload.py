@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from ordinal_prompt.export import linear_layer, no_linear_layer, unit_norm
 from ordinal_prompt.places import pointwise, side_by_side
 from ordinal_prompt.swap import put
 
+STATES = ("state_dict", "model_state_dict", "model")  # what checkpoints call the state dict
+PREFIXES = ("module.", "_orig_mod.", "model.")
 FILES = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pth", "*.pt")
 
 
@@ -27,10 +30,12 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
 
     Args:
         model: of the original architecture, with or without weights, with any classifier; changed in place.
-        source: a state dict, a file that holds one, or a folder with such a file, as `save_pretrained` writes it.
+        source: a state dict, a file that holds one, or a folder with such a file, as `save_pretrained` writes it.  A
+            checkpoint that holds the state dict under a name will do; prefixes of Lightning, torch.compile and
+            DistributedDataParallel are taken off.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode; its head on the device and in the precision that the model has.
 
     Raises:
         FileNotFoundError: no such folder or file, or no weights in it.
@@ -39,7 +44,9 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
-    state = source if isinstance(source, Mapping) else _read(Path(source))
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    state = _weights(source if isinstance(source, Mapping) else _read(Path(source)), model)
+    like = next((part for part in model.parameters() if part.is_floating_point()), None)
     heads = _exported(state)
     for name in heads:
         of_attributes = _attributes(state, name)
@@ -49,10 +56,10 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
             place, layers = name.removesuffix(".head"), pointwise(layers)
         if submodule(model, place) is None:
             raise ValueError(f"The weights have an exported head at {name}, but {type(model).__name__} has no {place}.")
-        put(model, place, layers)
+        put(model, place, _to(layers, like))
     for name in _linear(model, state):
         heads.append(name)
-        put(model, name, linear_layer(state[f"{name}.weight"], state.get(f"{name}.bias")))
+        put(model, name, _to(linear_layer(state[f"{name}.weight"], state.get(f"{name}.bias")), like))
     if not isinstance(source, Mapping) and Path(source).is_dir() and hasattr(model, "base_model_prefix"):
         prefixes = tuple(f"{name}." for name in heads)
         of_heads = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
@@ -144,9 +151,35 @@ def _read_file(file: Path) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(file)
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    state: Mapping[str, Tensor] = saved.get("state_dict", saved)
+    try:
+        saved: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Expected a state dict in {file}, but it holds more than tensors (a whole model?); load it with "
+            "torch.load(file, weights_only=False) where you trust it, and pass its state_dict()."
+        ) from error
+    return saved
+
+
+def _weights(saved: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, with names as the model has them."""
+    for name in STATES:
+        if isinstance(saved.get(name), Mapping):
+            saved = saved[name]
+            break
+    state = {name: tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+    known = {name.split(".")[0] for name, _ in model.named_modules()}
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state) and prefix[:-1] not in known:
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    if saved and not state:
+        raise ValueError(f"Expected a state dict, but got no tensors among {_listed([*map(str, saved)])}.")
     return state
+
+
+def _to(layers: nn.Module, like: Tensor | None) -> nn.Module:
+    """On the device and in the precision of a tensor; where that has no data yet, as they are."""
+    return layers if like is None or like.is_meta else layers.to(like.device, like.dtype)
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,5 +41,11 @@ def one_backward(given: Given) -> Iterator[None]:
         yield
     pairs = zip(given, shared, strict=True)
     reached = [(whole, own.grad) for (_, whole), (_, own) in pairs if own.grad is not None]
+    if not reached:
+        warnings.warn(
+            "No gradient reached the prompts inside reuse_prototypes(), and they do not learn from these batches; call "
+            "backward() inside the block.",
+            stacklevel=5,
+        )
     if reached:
         torch.autograd.backward([whole for whole, _ in reached], [gradient for _, gradient in reached])

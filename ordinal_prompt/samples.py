@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ordinal_prompt.arrays import Labels, RankNumbers, is_categorical, label_tensor, number_tensor, rank_tensor
+from ordinal_prompt.cache import traced
 from ordinal_prompt.decoding import check_rule, decode
 
 
@@ -54,7 +55,7 @@ def read_logits(logits: Any, labels: Labels) -> tuple[Tensor, Tensor]:
 
 def warn_of_probabilities(logits: Tensor) -> None:
     """Warns where all rows (..., K) are those of probabilities, of which the logarithm is meant."""
-    if torch.compiler.is_compiling() or logits.is_meta or not logits.numel():
+    if traced() or logits.is_meta or not logits.numel():
         return
     z = logits.detach()
     like = ((z >= 0) & (z <= 1)).all() & ((z.sum(dim=-1) - 1).abs() < 1e-3).all() & ((z > 0) & (z < 1)).any()

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import activation
 
 from ordinal_prompt.attributes import OrdinalPromptHeads
-from ordinal_prompt.classifiers import feature_width, find_classifiers, named_classifier, num_outputs
+from ordinal_prompt.classifiers import (
+    feature_width,
+    find_classifiers,
+    is_activation,
+    named_classifier,
+    num_outputs,
+)
 from ordinal_prompt.export import linear_layer, no_linear_layer
 from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.places import PointwiseHead, SharedHead, pointwise
@@ -30,7 +35,8 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     - Classifiers whose logits the model averages (distilled models) are replaced together by the one head.
     - Auxiliary classifiers of torchvision's GoogLeNet and Inception are switched off.
     - In the place of a 1×1 convolution the head gives logits at every position.
-    - An activation behind the classifier in its `nn.Sequential` would cut logits off, and becomes `nn.Identity`.
+    - An activation behind the classifier in its `nn.Sequential`, or at the end of one around it, would cut logits off,
+      and becomes `nn.Identity`.
     - The model's own count of classes (`num_classes`, `num_labels`) follows; so do the names of the labels and the
       problem type of a transformers config, so that the model computes a cross-entropy where it is given `labels=`.
 
@@ -44,7 +50,7 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
 
     Raises:
         ValueError: no classifier, or several (they are listed); a width that does not fit; a PEFT model, whose adapter
-            would not hold the head.  The model is then as it was.
+            would not hold the head; a model inside DistributedDataParallel.  The model is then as it was.
         TypeError: a model or head that is no module; a named module that is no linear layer.
 
     >>> from torch import nn
@@ -59,6 +65,11 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     for argument, value in (("model", model), ("head", head)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"Expected `{argument}` to be a torch.nn.Module, but got {type(value).__name__}.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel synchronizes the parameters that it was given, and would leave the head out; "
+            "replace the head of the model first, and then wrap it."
+        )
     found = find_classifiers(model) if name is None else [named_classifier(model, name)]
     widths = {feature_width(model, model.get_submodule(place)) for place in found}
     if len(widths) > 1:
@@ -86,7 +97,8 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
 
     A head that is one linear map (`normalize=False`) becomes an `nn.Linear`, and what is saved of the model loads into
     the original architecture.  Any other becomes several layers.  Their weights do not fit a linear layer, so that the
-    original architecture refuses them; load them with `load_exported`.
+    original architecture refuses them; load them with `load_exported`.  The layers have the precision of the rest of
+    the model, if it has but one.
 
     Args:
         model: a model that holds prompt heads, or a head.
@@ -108,6 +120,13 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
     exported = {id(head): _exported(head) for head in heads}
+    of_heads = {id(part) for head in heads for part in head.parameters()}
+    dtypes = {part.dtype for part in model.parameters() if id(part) not in of_heads and part.is_floating_point()}
+    precision = next(iter(dtypes), None)
+    if len(dtypes) == 1:  # features come in it, and stock layers take no other
+        exported = {key: layers.to(dtype=precision) for key, layers in exported.items()}
+    compiled = [(id(part), id(part._orig_mod)) for part in model.modules() if hasattr(part, "_orig_mod")]
+    exported |= {key: exported[inner] for key, inner in compiled if inner in exported}
     if not inplace:
         model = exported.get(id(model)) or copy.deepcopy(model, {**exported})
     _replace(model, exported)
@@ -125,12 +144,14 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
     over_map = isinstance(old, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(layer, torch.fx.GraphModule)
     _replace(model, {id(old): PointwiseHead(layer) if over_map else layer})
     *parents, leaf = name.split(".")
-    parent = model.get_submodule(".".join(parents))
-    if isinstance(parent, nn.Sequential):
-        later = [*parent.named_children()][[*parent._modules].index(leaf) + 1 :]
-        for other, module in later:
-            if type(module).__module__ == activation.__name__:
-                setattr(parent, other, nn.Identity())
+    for depth, child in reversed([*enumerate([*parents, leaf])]):
+        parent = model.get_submodule(".".join(parents[:depth]))
+        later = [*parent.named_children()][[*parent._modules].index(child) + 1 :]
+        own = depth == len(parents)
+        if isinstance(parent, nn.Sequential) and (own or all(map(_is_at_the_end, dict(later).values()))):
+            for other, module in later:
+                if is_activation(module):
+                    setattr(parent, other, nn.Identity())
     layer = layer.elsewhere[0] if isinstance(layer, SharedHead) else layer
     for depth in range(len(parents) + 1):
         owner: Any = model.get_submodule(".".join(parents[:depth]))
@@ -140,6 +161,10 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
             for auxiliary in AUXILIARY:
                 if hasattr(owner, auxiliary):
                     setattr(owner, auxiliary, None)
+
+
+def _is_at_the_end(module: nn.Module) -> bool:
+    return is_activation(module) or isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten))
 
 
 def _exported(head: OrdinalPromptHead | OrdinalPromptHeads) -> nn.Module:
@@ -189,7 +214,10 @@ def _follow_classes(model: Any, head: nn.Module) -> None:
     if count is None:
         return
     for attribute in ("num_classes", "num_labels"):
-        if isinstance(getattr(model, attribute, None), int):
+        fixed = (
+            isinstance(getattr(type(model), attribute, None), property) and getattr(type(model), attribute).fset is None
+        )
+        if not fixed and isinstance(getattr(model, attribute, None), int):
             setattr(model, attribute, count)
     config: Any = getattr(model, "config", None)
     if isinstance(getattr(config, "num_labels", None), int):

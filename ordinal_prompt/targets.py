@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ordinal_prompt.arrays import number_tensor, widest_float
+from ordinal_prompt.cache import traced
 from ordinal_prompt.labels import rank_indices
 
 
@@ -96,7 +97,7 @@ def _kind(logits: Tensor, labels: Tensor, values: bool) -> str:
 
 def _weights(given: Any, logits: Tensor) -> Tensor:
     weight = number_tensor(given, "sample_weight").to(logits.device).reshape(-1)
-    if len(weight) != len(logits) or not bool(((weight >= 0) & weight.isfinite()).all()):
+    if len(weight) != len(logits) or (_known(weight) and not bool(((weight >= 0) & weight.isfinite()).all())):
         raise ValueError("Expected one finite `sample_weight` for each sample, none negative.")
     return weight
 
@@ -118,4 +119,4 @@ def _check_distributions(labels: Tensor) -> None:
 
 def _known(labels: Tensor) -> bool:
     """Whether there are numbers to look at."""
-    return not (torch.compiler.is_compiling() or labels.is_meta)
+    return not (traced() or labels.is_meta)

@@ -8,8 +8,9 @@ third of a text encoder, is left behind: in its place stands a `PromptEmbedding`
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,9 @@ from ordinal_prompt.text.prompts import Prompts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+ONE_AT_A_TIME = threading.RLock()  # of threads whose heads share a text encoder, as copies do
 
 
 class PromptEmbedding(nn.Module):
@@ -119,13 +123,14 @@ class TextHalf(nn.Module):
         lengths = prompts.lengths + len(prompts.prefix)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         slots = [module for module in self.tower.modules() if isinstance(module, PromptEmbedding)]
-        try:
-            for slot in slots:
-                slot.prompts = embeddings.to(self._dtype())
-            return self.features(ids, mask)
-        finally:
-            for slot in slots:
-                slot.prompts = None
+        with nullcontext() if torch.compiler.is_compiling() else ONE_AT_A_TIME:
+            try:
+                for slot in slots:
+                    slot.prompts = embeddings.to(self._dtype())
+                return self.features(ids, mask)
+            finally:
+                for slot in slots:
+                    slot.prompts = None
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002  # subclasses need the mask
         """Features (K, D) of token ids (K, L); `mask` (K, L) is False on padding."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,21 @@ def test_two_processes_with_one_text_pass_for_each_step(tmp_path: Path) -> None:
     first, *others = (torch.load(tmp_path / f"{rank}-{reuse}.pt") for reuse in (False, True) for rank in range(2))
     for other in others:
         torch.testing.assert_close(other, first)
+
+
+def test_gradients_behind_the_block_do_not_vanish_in_silence() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5)
+    with pytest.warns(UserWarning, match=r"call backward\(\) inside the block"), head.reuse_prototypes():
+        loss = head(torch.randn(2, 12)).sum()
+    loss.backward()
+
+
+def test_a_copy_made_inside_the_block_learns() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5)
+    with head.reuse_prototypes():
+        head(torch.randn(2, 12)).sum().backward()
+        copies = copy.deepcopy(head), pickle.loads(pickle.dumps(head))
+    for copied in copies:
+        copied.zero_grad()
+        copied(torch.randn(2, 12)).sum().backward()
+        assert copied.prompt.rank_embeddings.grad is not None

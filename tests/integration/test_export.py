@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ordinal_prompt as op
 
@@ -195,3 +196,24 @@ def test_tools_that_trace_quantize_or_script_a_model_are_told_to_export_first(cl
     op.export_heads(model)
     torch.jit.script(torch.fx.symbolic_trace(model))
     assert quantize(model, {nn.Linear})(torch.randn(2, 6)).shape == (2, 5)
+
+
+def test_exports_made_in_inference_mode_and_under_autocast_are_plain(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, in_features=7).eval()
+    expected = head(torch.ones(1, 7))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        layers: Any = head.export()
+    assert not any(part.is_inference() for part in layers.parameters())
+    torch.testing.assert_close(layers(torch.ones(1, 7)), expected)
+    features = torch.ones(1, 7, requires_grad=True)
+    layers(features).sum().backward()
+    assert (layers.in_features, layers.out_features) == (7, 5)
+
+
+def test_a_pruned_head_exports_what_it_is_now(clip: Any) -> None:
+    head = op.OrdinalPromptHead(clip, 5, residual=1.0).eval()
+    prune.l1_unstructured(head, "residual", 0.5)
+    with torch.no_grad():
+        head.residual_orig.normal_()
+    layers = head.export()
+    torch.testing.assert_close(layers(torch.ones(1, 12)), head(torch.ones(1, 12)))

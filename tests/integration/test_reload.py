@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from conftest import tiny_clip
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
@@ -113,3 +114,35 @@ def test_wrong_sources(clip: Any, tmp_path: Path) -> None:
     del state["layer1.0.conv1.weight"]
     with pytest.raises(ValueError, match="do not fit ResNet: layer1.0.conv1.weight missing. Pass"):
         op.load_exported(timm.create_model("resnet18"), state)
+
+
+@pytest.mark.parametrize("wrap", ["state_dict", "model", "prefix", "compiled", "mapping"])
+def test_checkpoints_as_people_keep_them(wrap: str, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.body, model.fc = nn.Linear(12, 12), nn.Linear(12, 5)
+    op.replace_head(model, op.OrdinalPromptHead(tiny_clip(), 5).eval())
+    op.export_heads(model)
+    expected, state = model(torch.ones(2, 12)), model.state_dict()
+    saved: Any = {
+        "state_dict": {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}, "epoch": 3},
+        "model": {"model": state, "epoch": 3},
+        "prefix": {f"module.{name}": tensor for name, tensor in state.items()},
+        "compiled": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+        "mapping": {"model_state_dict": state, "epoch": 3},
+    }[wrap]
+    fresh = nn.Sequential()
+    fresh.body, fresh.fc = nn.Linear(12, 12), nn.Linear(12, 3)
+    if wrap != "mapping":
+        torch.save(saved, tmp_path / "last.pt")
+        saved = tmp_path / "last.pt"
+    fresh = fresh.double()
+    loaded = op.load_exported(fresh, saved)
+    torch.testing.assert_close(loaded(torch.ones(2, 12).double()).float(), expected)
+
+
+def test_files_of_other_things(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"holds more than tensors .*pass its state_dict\(\)"):
+        op.load_exported(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match="got no tensors among epoch"):
+        op.load_exported(nn.Linear(2, 2), {"epoch": 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -266,9 +267,121 @@ def test_wrong_names_and_kinds() -> None:
     model = Plain(conv=nn.Conv2d(1, 1, 3), fc=nn.Linear(4, 2))
     with pytest.raises(ValueError, match="no module named 'fcc'; candidates for the classifier: fc"):
         op.replace_head(model, nn.Linear(4, 5), name="fcc")
-    with pytest.raises(TypeError, match="Plain.conv to be a linear layer, but it is a Conv2d"):
+    with pytest.raises(TypeError, match="Plain.conv to be a linear layer, but it is a torch.nn.modules.conv.Conv2d"):
         op.replace_head(model, nn.Linear(4, 5), name="conv")
     with pytest.raises(TypeError, match="`model` to be a torch.nn.Module, but got str"):
         op.replace_head("resnet18", nn.Linear(4, 5))
     with pytest.raises(TypeError, match="`head` to be a torch.nn.Module"):
         op.replace_head(model, None)
+
+
+class _Net(nn.Module):
+    """Parts by name; runs none of them."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def linear(out: int = 5, width: int = 12) -> nn.Linear:
+    return nn.Linear(width, out)
+
+
+AMBIGUOUS: dict[str, tuple[nn.Module, list[str]]] = {
+    "several attributes": (
+        _Net(heads=nn.ModuleDict({"age": linear(), "sex": linear(2)})), ["heads.age", "heads.sex"],
+    ),
+    "a list": (_Net(classifier=nn.ModuleList([linear(), linear()])), ["classifier.0", "classifier.1"]),
+    "a score of attention": (_Net(pool=_Net(score=linear(1)), out=linear()), ["pool.score", "out"]),
+    "an inner fc": (_Net(block=_Net(fc=linear(12)), out=linear()), ["block.fc", "out"]),
+    "an unknown last layer": (_Net(encoder=_Net(head=linear(12)), logits=linear()), ["encoder.head", "logits"]),
+    "summed classifiers": (
+        _Net(classifier=_Net(low=nn.Conv2d(40, 21, 1), high=nn.Conv2d(128, 21, 1))),
+        ["classifier.low", "classifier.high"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_may_be_meant_is_listed(case: str) -> None:
+    model, candidates = AMBIGUOUS[case]
+    with pytest.raises(ValueError, match=rf"Found 2 modules .*: {', '.join(map(re.escape, candidates))}; pass name="):
+        op.replace_head(model, linear(3))
+
+
+CLEAR: dict[str, tuple[nn.Module, str]] = {
+    "an MLP that is written backwards": (_Net(head=_Net(out=linear(), dense=linear(12, 30))), "head.out"),
+    "a head behind a whole network": (nn.Sequential(_Net(fc=linear(12)), linear()), "1"),
+    "an activation at the end": (nn.Sequential(linear(12), nn.ReLU(), linear(), nn.Softmax(1)), "2"),
+    "a classifier that was taken off": (_Net(body=nn.Conv2d(3, 12, 3), fc=nn.Identity()), "fc"),
+}
+
+
+@pytest.mark.parametrize("case", CLEAR)
+def test_the_classifier_is_found(case: str) -> None:
+    model, place = CLEAR[case]
+    head = op.replace_head(model, linear(3)).get_submodule(place)
+    assert isinstance(head, nn.Linear)
+    assert head.out_features == 3
+
+
+def test_an_activation_around_the_classifier_goes(clip: Any) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = linear()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    model = nn.Sequential(Body(), nn.Sequential(nn.Dropout(), nn.Softmax(1)), nn.Softmax(1))
+    model[1] = nn.Dropout()
+    head = op.OrdinalPromptHead(clip, 5)
+    op.replace_head(model, head).eval()
+    torch.testing.assert_close(model(torch.ones(2, 12)), head(torch.ones(2, 12)))
+
+
+def test_models_that_are_refused(clip: Any) -> None:
+    small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**small, intermediate_size=8, vocab_size=30)
+    head = op.OrdinalPromptHead(clip, 5, in_features=8)
+    for kind in (transformers.BertForQuestionAnswering, transformers.BertForMultipleChoice):
+        with pytest.raises(ValueError, match="gives no classes; build the model ForSequenceClassification"):
+            op.replace_head(kind(config), head)
+
+
+def test_a_lazy_classifier_is_replaced(clip: Any) -> None:
+    model = _Net(fc=nn.LazyLinear(5))
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5))
+    assert isinstance(model.fc, op.OrdinalPromptHead)
+    assert (model.fc.in_features, model.fc.out_features) == (12, 5)
+
+
+def test_a_count_of_classes_that_is_read_only() -> None:
+    class Wrapped(_Net):
+        @property
+        def num_labels(self) -> int:
+            return 2
+
+    model = Wrapped(classifier=linear(2))
+    assert op.replace_head(model, linear(5)).get_submodule("classifier").out_features == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_exports_have_the_precision_of_the_model(dtype: torch.dtype, clip: Any) -> None:
+    model = nn.Sequential(linear(12).to(dtype), linear().to(dtype))
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5).eval())
+    features = torch.ones(2, 12, dtype=dtype)
+    expected = model(features)
+    op.export_heads(model)
+    torch.testing.assert_close(model(features).to(expected.dtype), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_compiled_head_is_exported(clip: Any) -> None:
+    compiled: Any = torch.compile(op.OrdinalPromptHead(clip, 5).eval(), backend="eager")
+    model = nn.Sequential(linear(12), compiled)
+    expected = model(torch.ones(2, 12))
+    op.export_heads(model)
+    assert type(model[1]) is nn.Sequential
+    torch.testing.assert_close(model(torch.ones(2, 12)), expected)

@@ -316,3 +316,10 @@ def test_options_that_are_no_numbers(options: dict[str, Any], match: str) -> Non
         op.OrdinalPromptLoss(**options)
     with pytest.raises(ValueError, match="one finite `sample_weight`"):
         op.OrdinalPromptLoss()(LOGITS, LABELS, torch.tensor([1, torch.inf, 1]))
+
+
+def test_gradients_of_each_sample() -> None:
+    logits, labels, loss = torch.randn(4, 5), torch.tensor([0, 1, 4, 2]), op.OrdinalPromptLoss()
+    each = torch.vmap(torch.func.grad(loss))(logits, labels)
+    for row, label, gradient in zip(logits, labels, each, strict=True):
+        torch.testing.assert_close(gradient, torch.func.grad(F.cross_entropy)(row, label))
