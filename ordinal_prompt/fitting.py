@@ -76,8 +76,8 @@ def fit_head(
     """Fits a head to cached features, deterministically; a starting point for fine-tuning, or all that it takes.
 
     Sets `logit_scale`, `residual`, `residual_bias` and `projection` (and `alignment` to zero); the prompts stay as they
-    are.  A head with `in_features` exports one `nn.Linear`: fine-tune a network with that in its place (measured in
-    `benchmarks/heads/RESULTS.md`: the head itself gained nothing there).
+    are.  To fine-tune a network behind a head with `in_features`, let `op.parameter_groups` choose the learning rates,
+    or put its export, one `nn.Linear`, in its place.
 
     Args:
         head: built with `**op.recipe(ranks, prompts="fitted")`, or any head with a residual; one with `in_features`

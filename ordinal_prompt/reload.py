@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,14 +168,19 @@ def _weights(saved: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         if isinstance(saved.get(name), Mapping):
             saved = saved[name]
             break
-    state = {name: tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+    state: Any = OrderedDict((name, tensor) for name, tensor in saved.items() if isinstance(tensor, Tensor))
+    versions: Mapping[str, Any] = getattr(saved, "_metadata", {})  # of modules whose state dicts have changed
     known = {name.split(".")[0] for name, _ in model.named_modules()}
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state) and prefix[:-1] not in known:
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            state = OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in state.items())
+            versions = {f"{name}.".removeprefix(prefix).removesuffix("."): of for name, of in versions.items() if name}
     if saved and not state:
         raise ValueError(f"Expected a state dict, but got no tensors among {_listed([*map(str, saved)])}.")
-    return state
+    if versions:
+        state._metadata = OrderedDict(versions)
+    found: dict[str, Tensor] = state
+    return found
 
 
 def _to(layers: nn.Module, like: Tensor | None) -> nn.Module:

@@ -13,6 +13,7 @@ from language import LANGUAGE_HEADS
 from prompts import PROMPT_HEADS
 from protocol import Build, Estimator, Head, UnfitError
 from task import Task
+from terms import terms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -186,4 +187,6 @@ HEADS: dict[str, Build] = {
     "ours-frozen": recipe("frozen"),
     "ours-projected": recipe("learned", project=True),
     "ours-frozen-projected": recipe("frozen", project=True),
+    **terms("ours-frozen", recipe("frozen")),
+    **terms("ours-frozen-projected", recipe("frozen", project=True)),
 }

@@ -201,7 +201,7 @@ LOGITS, LABELS = torch.zeros(8, 5), torch.arange(8) % 5
         (lambda: op.OrdinalPromptLoss()(LOGITS, LABELS[:, None]), ValueError, "; squeeze them"),
         (lambda: op.OrdinalPromptLoss()(LOGITS, torch.ones_like(LOGITS).long()), ValueError, r"pass labels.float\(\)"),
         (lambda: op.OrdinalPromptLoss(rank_weights=[0] * 5), ValueError, "none negative, not all zero"),
-        (lambda: op.OrdinalPromptLoss(0, 0), ValueError, "`ce_weight` or `kl_weight` to be above zero"),
+        (lambda: op.OrdinalPromptLoss(0, 0), ValueError, "`kl_weight` or `emd_weight` to be above zero"),
         (lambda: op.OrdinalPromptLoss(ignore_index="none"), TypeError, "`ignore_index` to be a number, as -100"),
         (lambda: op.rank_indices([1, float("nan")], [1, 2], nearest=True), ValueError, "drop or mend them.$"),
         (lambda: op.soft_labels([0], 1), ValueError, "`num_ranks` to be a whole number, at least 2"),

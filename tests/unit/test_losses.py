@@ -323,3 +323,25 @@ def test_gradients_of_each_sample() -> None:
     each = torch.vmap(torch.func.grad(loss))(logits, labels)
     for row, label, gradient in zip(logits, labels, each, strict=True):
         torch.testing.assert_close(gradient, torch.func.grad(F.cross_entropy)(row, label))
+
+
+def test_the_squared_distance_that_probability_moves() -> None:
+    logits, labels = torch.randn(6, 4).double(), torch.tensor([0, 3, 1, 2, 2, 0])
+    loss = op.OrdinalPromptLoss(0, 0, emd_weight=2.0)
+    score = op.metrics.ranked_probability_score(logits, labels)
+    assert float(loss(logits, labels)) == pytest.approx(2 * score)
+    assert {*loss.terms(logits, labels)} == {"ce", "kl", "emd"}
+    # by hand: F = (1/2, 3/4, 1), the label's (0, 1, 1)
+    golden = op.OrdinalPromptLoss(0, 0, emd_weight=1)(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([1]))
+    assert float(golden) == pytest.approx(1 / 4 + 1 / 16)
+    expected = both(loss, logits, labels)
+    for kind in (F.one_hot(labels, 4).double(), torch.stack([labels, labels], 1)):
+        torch.testing.assert_close(both(loss, logits, kind), expected)
+    assert loss(logits, torch.tensor([[0, 3]] * 6)) < 1e-12
+    inside, below = torch.tensor([[0.0, 9, 9, 0]]), torch.tensor([[9.0, 0, 0, 0]])
+    ranges = torch.tensor([[1, 2]])
+    assert loss(inside, ranges) < 0.01 < loss(below, ranges)
+    weighted = op.OrdinalPromptLoss(0, 0, emd_weight=2.0, rank_weights=[0.0, 0.0, 1.0, 0.0])
+    torch.testing.assert_close(weighted(logits, labels), loss(logits[3:5], labels[3:5]))
+    torch.testing.assert_close(loss(logits, labels, [0, 0, 0, 1, 1, 0]), loss(logits[3:5], labels[3:5]))
+    assert torch.autograd.gradcheck(lambda z: loss(z, labels), [logits.requires_grad_()])
