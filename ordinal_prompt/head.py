@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -218,7 +218,13 @@ class OrdinalPromptHead(Pretrained):
         return decode(self(features), rule, self.rank_values)
 
     def loss(self, **options: Any) -> OrdinalPromptLoss:
-        """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`."""
+        """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`.
+
+        A dictionary of `rank_weights` may have the names of the ranks for keys.
+        """
+        weights = options.get("rank_weights")
+        if isinstance(weights, Mapping) and {*weights} == {*self.rank_names}:
+            options["rank_weights"] = [weights[name] for name in self.rank_names]
         return OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
 
     @torch.inference_mode(False)

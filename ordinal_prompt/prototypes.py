@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ordinal_prompt import state
 from ordinal_prompt.cache import Kept, ListedTensors, same_values, tensors_of, traced, values_of
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
@@ -55,6 +56,7 @@ class RankPrototypes(nn.Module):
         self._kept: Kept[Tensor] | None = None
         self._prompt_values: list[Tensor] = []
         self._switches: list[Any] = []
+        self._noted: list[float] = []
         self._reused: Kept[Tensor] | None = None
         self._key = register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
@@ -108,7 +110,7 @@ class RankPrototypes(nn.Module):
         Gradients are those of a text pass for each batch: what the losses give to the prototypes is added up, and goes
         through the text encoder once, when the block ends.  Call `backward()` inside, and clip gradients and step the
         optimizer behind it.  The text pass runs where the block begins: under autocast, if that is on there.  With
-        DistributedDataParallel, the last batch inside is the one that synchronizes.  Under FSDP the block does nothing.
+        DistributedDataParallel, the last batch inside is the one that synchronizes.  Under FSDP it does nothing.
 
         Raises:
             RuntimeError: the prompts were changed inside.
@@ -203,6 +205,9 @@ class RankPrototypes(nn.Module):
                 "This head has no text encoder (it was loaded without one, or came from the meta device), so that its "
                 "prompts cannot be encoded; load it with from_pretrained(folder, text_encoder=...)."
             )
+        if self._noted and not torch.compiler.is_compiling():  # not before: its weights may have been loaded since
+            state.warn_of_another(self._noted, self._encoder_tensors())
+            self._noted = []
         return unit_prototypes(self.text_encoder.encode(prompts))
 
     def _differentiable(self) -> bool:
@@ -270,23 +275,21 @@ class RankPrototypes(nn.Module):
                 self._set_frozen(None)  # to_empty() gives memory, and no weights
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        values, error_messages = state_dict.get(f"{prefix}rank_values"), args[-1]
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and self._frozen:
+            state.tell(metadata, self._encoder_tensors())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         scale = state_dict.get(f"{prefix}logit_scale")
         if scale is not None and scale.dim() == 0:  # of release 0.1.0
             state_dict[f"{prefix}logit_scale"] = scale.reshape(1)
-        if (
-            values is not None
-            and values.shape == self.rank_values.shape
-            and not (values.is_meta or self.rank_values.is_meta)
-            and not torch.allclose(values.to(self.rank_values), self.rank_values, rtol=_rounding(values.dtype))
-        ):
-            error_messages.append(
-                f"{prefix}rank_values: the checkpoint was made for other rank values: {values.tolist()}."
-            )
+        state.check_ranks(state_dict, prefix, self.rank_values, args[-1])
+        self._noted = state.told(metadata) if self._frozen else []
         if handed_out(self, self.prompt) and self.text_encoder is not None:
             self._kept = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankPrototypes:
         if self._frozen:
@@ -314,8 +317,3 @@ class RankPrototypes(nn.Module):
             "DistributedDataParallel (start the same script with torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0); a "
             "trained model runs under nn.DataParallel after op.export_heads(model)."
         )
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """Of values that were stored in this precision."""
-    return max(1e-5, torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5

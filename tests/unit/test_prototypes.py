@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,27 @@ def test_a_scale_that_does_not_learn_is_left_alone_by_unfreezing(head: op.Ordina
     assert "logit_scale" in dict(learned.named_parameters())
     learned.load_state_dict(op.OrdinalPromptHead(tiny_clip(), 5).state_dict())
     head.load_state_dict({**head.state_dict(), "logit_scale": learned.state_dict()["logit_scale"]})
+
+
+def test_a_state_dict_of_another_text_encoder_is_no_secret(tmp_path: Path) -> None:
+    clip = tiny_clip()
+    model = nn.Sequential(op.OrdinalPromptHead(clip, 5, context=4))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.pt")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["state_dict"]
+    other = nn.Sequential(op.OrdinalPromptHead(tiny_clip(), 5, context=4))
+    other.load_state_dict(state)
+    with pytest.warns(UserWarning, match="saved with other weights of the text encoder"):
+        other(FEATURES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlike = tiny_clip()
+        same, late = (op.OrdinalPromptHead(encoder, 5, context=4) for encoder in (clip, unlike))
+        for again in (same, copy.deepcopy(same).bfloat16(), late):
+            nn.Sequential(again).load_state_dict(state)
+            unlike.load_state_dict(clip.state_dict())  # behind the head's
+            again(FEATURES)
+        other.load_state_dict(dict(state))  # which says nothing
+        other(FEATURES)
 
 
 # -------------------------------------------------------------------------------------------------------- meta device
