@@ -390,6 +390,14 @@ def test_building_under_a_default_device() -> None:
     assert torch.equal(real.prototypes(), op.OrdinalPromptHead(clip, ["a", "b", "c"], **options).prototypes())
 
 
+def test_weights_for_a_head_on_the_meta_device() -> None:
+    clip = tiny_clip()
+    head = op.OrdinalPromptHead(clip, 5, device="meta")
+    head.load_state_dict(op.OrdinalPromptHead(clip, 5).state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="was built on the meta device"):
+        head(FEATURES)
+
+
 def test_memory_without_weights_is_no_text_encoder() -> None:
     head = op.OrdinalPromptHead(tiny_clip(), 5, device="meta").to_empty(device="cpu")
     with pytest.raises(RuntimeError, match="came from the meta device"):
