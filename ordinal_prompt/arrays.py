@@ -40,7 +40,10 @@ def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         whole = tensor.is_floating_point() and bool((tensor == tensor.round()).all())
         hint = " that are whole numbers (pandas makes them so where values were missing)" if whole else ""
-        raise TypeError(f"Expected `{argument}` to be integers, but got {tensor.dtype}{hint}; convert them to int.")
+        way = "convert them to int" if whole else "map values to rank indices with op.rank_indices"
+        if tensor.dim() > 1 and not whole:
+            way = "of several votes, give one row for each, with sample_weight, or pass the rank that most chose"
+        raise TypeError(f"Expected `{argument}` to be integers, but got {tensor.dtype}{hint}; {way}.")
     return tensor.long()
 
 
@@ -120,8 +123,10 @@ def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tenso
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kinds = sorted({type(item).__name__ for item in data}) if isinstance(data, list) else [type(data).__name__]
         hint = f" ({error})"
-        if "str" in kinds:
-            hint = "; op.rank_indices makes indices of names"
+        if "NAType" in kinds:
+            hint = "; drop what is missing"
+        elif "str" in kinds:
+            hint = "; names become indices with op.rank_indices(names, ranks), and text numbers with float"
         elif isinstance(data, Mapping):
             hint = "; pass the numbers of one key at a time"
         raise TypeError(f"Expected `{argument}` to be numbers, but got {', '.join(kinds)}{hint}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,15 @@ class OrdinalPromptLosses(nn.Module):
 
     A batch needs labels of every attribute, so that all processes compute the same terms under DistributedDataParallel;
     samples without one have the `ignore_index` of its loss.  Where none has one, the term and its gradient are zero.
+    Fits transformers' `Trainer(compute_loss_func=...)` as `OrdinalPromptLoss` does.
 
     Args:
         losses: the loss of each attribute, as `head.loss(ignore_index=-100)` makes it.
         weights: of attributes, finite and not negative; default 1.
 
     Shapes:
-        logits: for each attribute (B, K), labels (B,) and what else `OrdinalPromptLoss` takes.  The loss is a scalar.
+        logits: for each attribute (B, K), labels (B,) and what else `OrdinalPromptLoss` takes.  Labels of A attributes
+        may also be one tensor (B, A), in the order of the losses.  The loss is a scalar.
 
     Raises:
         ValueError: no losses, weights of other attributes or negative ones, attributes missing in logits or labels.
@@ -62,23 +65,31 @@ class OrdinalPromptLosses(nn.Module):
 
     def forward(
         self,
-        logits: Mapping[str, Tensor],
-        labels: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | Any,
+        labels: Mapping[str, Tensor] | Tensor,
         sample_weight: Mapping[str, Tensor] | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         terms = self.terms(logits, labels, sample_weight)
         weighted = [self.weights[name] * term for name, term in terms.items()]
         total: Tensor = sum(weighted[1:], start=weighted[0])
-        return total
+        if num_items_in_batch is None:
+            return total
+        given = [*labels.values()] if isinstance(labels, Mapping) else [labels]
+        return total * sum((one != -100).sum() for one in given) / num_items_in_batch  # as `Trainer` counts
 
     def terms(
         self,
-        logits: Mapping[str, Tensor],
-        labels: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | Any,
+        labels: Mapping[str, Tensor] | Tensor,
         sample_weight: Mapping[str, Tensor] | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each attribute, before its weight."""
-        for argument, given in (("logits", logits), ("labels", labels)):
+        logits = getattr(logits, "logits", logits)  # of a model of transformers
+        of_each: Any = labels
+        if isinstance(labels, Tensor) and labels.dim() > 1 and labels.shape[-1] == len(self.losses):
+            of_each = dict(zip(self.losses, labels.unbind(dim=-1), strict=True))
+        for argument, given in (("logits", logits), ("labels", of_each)):
             if not isinstance(given, Mapping):
                 raise TypeError(
                     f"Expected `{argument}` to be a dictionary of {_listed(self.losses)}, but got "
@@ -94,7 +105,7 @@ class OrdinalPromptLosses(nn.Module):
         if unknown:
             raise ValueError(f"Expected `sample_weight` of {_listed(self.losses)}, but got one of {_listed(unknown)}.")
         own = {name: [] if weights.get(name) is None else [weights[name]] for name in self.losses}
-        return {name: loss(logits[name], labels[name], *own[name]) for name, loss in self.losses.items()}
+        return {name: loss(logits[name], of_each[name], *own[name]) for name, loss in self.losses.items()}
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"

@@ -165,7 +165,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"Found no {name} in {folder}; expected a folder written by save_pretrained.")
+            several = "; it holds several heads: load them with OrdinalPromptHeads.from_pretrained"
+            hint = several if (folder / ATTRIBUTES_FILE).is_file() else ""
+            raise FileNotFoundError(f"Found no {name} in {folder}; expected a folder written by save_pretrained{hint}.")
     try:
         text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         config = json.loads(text)

@@ -61,7 +61,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     Attributes:
         classes_: (K,) the labels in order.
-        head_: the fitted head, where there is a text encoder.
+        head_: the fitted head, where there is a text encoder; of a copy or a pickle with its prototypes alone.
         n_features_in_: D.
 
     >>> import numpy as np
@@ -187,10 +187,10 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _ranks(self, y: Array, ordered: Any) -> Array:
         """(K,) the labels in order, of `ranks`, of ordered categories, or as they sort."""
         ranks = getattr(self.ranks, "categories", self.ranks)  # of a CategoricalDtype
-        if ranks is None and self.rank_names is not None:
-            ranks = range(len(self.rank_names))
         if ranks is None and ordered is not None:
             ranks = ordered
+        if ranks is None and self.rank_names is not None:
+            ranks = range(len(self.rank_names))
         if ranks is None:
             y = np.asarray(y.tolist()) if y.dtype == object else y
             if y.dtype.kind not in "biuf":
@@ -216,7 +216,11 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                 f"Expected labels among the names {self.classes_.tolist()}, but got the numbers {np.unique(y)[:10]}; "
                 "for indices, and where scikit-learn encodes labels, pass `rank_names` in place of `ranks`."
             )
-        return rank_indices(y, self.classes_.tolist())
+        try:
+            return rank_indices(y, self.classes_.tolist())
+        except ValueError as error:  # which speaks of an option of rank_indices
+            message = str(error).split(", or pass nearest=True")[0].rstrip(".")
+            raise ValueError(f"{message}. The ranks are {self.classes_.tolist()}.") from None
 
     def _warn_scorers(self) -> None:
         """Warns where a scorer of scikit-learn will take columns in rank order for those of sorted labels."""
@@ -249,6 +253,12 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if self.in_space if self.in_space is not None else head.embed_dim == width:
             return head
         return OrdinalPromptHead(model, names, in_features=width, normalize=False, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the text encoder once, as it was given: their `head_` has its prototypes alone."""
+        state: dict[str, Any] = super().__getstate__()
+        head = state.get("head_")
+        return state if head is None else {**state, "head_": head.without_text_encoder()}
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

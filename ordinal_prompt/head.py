@@ -225,7 +225,9 @@ class OrdinalPromptHead(Pretrained):
         weights = options.get("rank_weights")
         if isinstance(weights, Mapping) and {*weights} == {*self.rank_names}:
             options["rank_weights"] = [weights[name] for name in self.rank_names]
-        return OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
+        loss = OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
+        loss.check(self.num_ranks)
+        return loss
 
     @torch.inference_mode(False)
     def export_prototypes(self, bias: bool = False) -> nn.Linear:

@@ -54,6 +54,12 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
         least = torch.minimum(known.diff().min() / 4, known.abs().max() * max(1e-6, rounding))
         misses |= (given - known[indices]).abs() > least
     if bool(misses.any()):
+        missing = int(given.isnan().sum())
+        if missing:
+            raise ValueError(
+                f"Expected values of ranks, but {missing} of {given.numel()} are missing (NaN); drop them, or pass "
+                'ignore_index=float("nan") to a loss that takes values.'
+            )
         raise ValueError(
             f"Expected values of ranks, {known[0]:.10g} to {known[-1]:.10g}, but got "
             f"{_listed(given[misses].unique().tolist())} ({int(misses.sum())} of {given.numel()} labels fit no rank); "

@@ -246,11 +246,15 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
         emd = {"emd": emd_loss(logits, labels, self.rank_weights, sample_weight)} if self.emd_weight else {}
         return terms | emd
 
+    def check(self, num_ranks: int) -> None:
+        """Raises ValueError where the options are those of another number of ranks."""
+        for name, own in (("rank_weights", self.rank_weights), ("rank_values", self.rank_values)):
+            if own is not None and len(own) != num_ranks:
+                raise ValueError(f"Expected {num_ranks} `{name}` for {num_ranks} ranks, but got {len(own)}.")
+
     def _read(self, logits: Any, labels: Any, sample_weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         batch = read_batch(logits, labels, sample_weight, self.rank_values, self.ignore_index)
-        given, ranks = self.rank_weights, batch[0].shape[1]
-        if given is not None and len(given) != ranks:
-            raise ValueError(f"Expected {ranks} `rank_weights` for {ranks} ranks, but got {len(given)}.")
+        self.check(batch[0].shape[1])
         if not self._begun:
             self._begun = True
             warn_of_probabilities(batch[0])

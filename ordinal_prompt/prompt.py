@@ -152,8 +152,8 @@ class PromptLearner(nn.Module):
         ranks: Tensor = self.rank_embeddings
         if self.special.is_meta and not ranks.is_meta:
             raise RuntimeError(
-                "This head was built on the meta device, and its start and end tokens are not in a state dict; build it "
-                "on a real one (device=), or load it with from_pretrained."
+                "This head was built on the meta device, and its start and end tokens are not in a state dict; build "
+                "it on a real one (device=), or load it with from_pretrained."
             )
         context: Tensor = self.context_embeddings
         if positions is not None:

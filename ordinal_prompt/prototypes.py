@@ -179,6 +179,14 @@ class RankPrototypes(nn.Module):
                 self.keep_prototypes(prototypes)
         return prototypes
 
+    def without_text_encoder(self: Prototypes) -> Prototypes:
+        """A copy that has its prototypes alone: it predicts and exports."""
+        copied = copy.deepcopy(self)
+        prototypes = copied.kept_prototypes()
+        copied.text_encoder = None
+        copied.keep_prototypes(prototypes)
+        return copied
+
     def _reused_prototypes(self, reused: Kept[Tensor]) -> Tensor:
         if not torch.compiler.is_compiling() and not reused.holds(self._sources()):
             raise RuntimeError(
@@ -278,14 +286,22 @@ class RankPrototypes(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None and self._frozen:
-            state.tell(metadata, self._encoder_tensors())
+        if metadata is not None:
+            state.tell(metadata, self._settings(), self._encoder_tensors() if self._frozen else [])
+
+    def _settings(self) -> dict[str, Any]:
+        """What changes the logits, and no shape."""
+        names = ("rank_names", "interpolation", "normalize", "alignment", "residual")
+        own = {name: getattr(self.config, name) for name in names}
+        place, pooling = self.prompt.text.rank_at, getattr(self.text_encoder, "pooling", None)
+        return {**own, "the rank's place in the context": place, **({"pooling": pooling} if pooling else {})}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         scale = state_dict.get(f"{prefix}logit_scale")
         if scale is not None and scale.dim() == 0:  # of release 0.1.0
             state_dict[f"{prefix}logit_scale"] = scale.reshape(1)
         state.check_ranks(state_dict, prefix, self.rank_values, args[-1])
+        state.warn_of_others(metadata, self._settings())
         self._noted = state.told(metadata) if self._frozen else []
         if handed_out(self, self.prompt) and self.text_encoder is not None:
             self._kept = None

@@ -18,6 +18,7 @@ doubt):
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,13 @@ def parameter_groups(
     heads = [module for module in model.modules() if isinstance(module, OrdinalPromptHead)]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
+    names = [name for name, module in model.named_modules() if isinstance(module, OrdinalPromptHead)]
+    if hasattr(model, "peft_config") and not any("modules_to_save" in name for name in names):
+        warnings.warn(
+            "The prompt head of this PEFT model does not learn, and is not saved with the adapter; name it in the "
+            'adapter\'s config, as modules_to_save=["classifier"].',
+            stacklevel=2,
+        )
     prompts = {parameter for head in heads for parameter in head.prompt.parameters()}
     scales = {tensor for head in heads for tensor in (head.logit_scale, head.residual_bias)}
     groups: list[dict[str, Any]] = [

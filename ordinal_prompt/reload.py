@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,13 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     state = _weights(source if isinstance(source, Mapping) else _read(Path(source)), model)
     like = next((part for part in model.parameters() if part.is_floating_point()), None)
+    if any(name.endswith("prompt.rank_embeddings") for name in state):
+        raise ValueError(
+            "Expected the weights of an exported model, but these hold a prompt head. Put such a head into the model "
+            "(op.replace_head), load them with load_state_dict, and then call op.export_heads."
+        )
     heads = _exported(state)
+    places = [*heads]
     for name in heads:
         of_attributes = _attributes(state, name)
         layers: nn.Module = side_by_side(of_attributes) if of_attributes else _layers(state, name)
@@ -56,40 +62,56 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
         if submodule(model, place) is None and name.endswith(".head"):
             place, layers = name.removesuffix(".head"), pointwise(layers)
         if submodule(model, place) is None:
-            raise ValueError(f"The weights have an exported head at {name}, but {type(model).__name__} has no {place}.")
+            hint = "; merge the adapter first (merge_and_unload)" if "base_model." in place else ""
+            raise ValueError(
+                f"The weights have an exported head at {name}, but {type(model).__name__} has no {place}{hint}."
+            )
+        places.append(place)
         put(model, place, _to(layers, like))
     for name in _linear(model, state):
-        heads.append(name)
+        places.append(name)
         put(model, name, _to(linear_layer(state[f"{name}.weight"], state.get(f"{name}.bias")), like))
     if not isinstance(source, Mapping) and Path(source).is_dir() and hasattr(model, "base_model_prefix"):
-        prefixes = tuple(f"{name}." for name in heads)
+        prefixes = tuple(f"{name}." for name in places)
         of_heads = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
-        state = _read_by_transformers(model, source) | of_heads
+        state = _read_by_transformers(model, source, prefixes) | of_heads
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # another size
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}") from error
     loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
     missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]  # shared ones are there
-    if missing or unexpected:
-        told = [f"{_listed(missing)} missing"] * bool(missing) + [f"{_listed(unexpected)} unknown"] * bool(unexpected)
+    _refuse(model, {"missing": missing, "unknown": unexpected})
+    return model.eval()
+
+
+def _refuse(model: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError where there are names of weights that do not fit."""
+    told = [f"{_listed([*some])} {what}" for what, some in names.items() if some]
+    if told:
         raise ValueError(
             f"The weights do not fit {type(model).__name__}: {'; '.join(told)}. Pass a model of the architecture that "
             "was exported."
         )
-    return model.eval()
 
 
-def _read_by_transformers(model: Any, folder: str | Path) -> dict[str, Tensor]:
-    """The weights of all but the head by the names that they have in the model, which files have others for."""
+def _read_by_transformers(model: Any, folder: str | Path, heads: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights of all but the heads by the names that they have in the model, which files have others for."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as missing
     try:
-        loaded = type(model).from_pretrained(folder, config=model.config, ignore_mismatched_sizes=True)
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded, info = type(model).from_pretrained(folder, config=model.config, **options)
     finally:
         logging.set_verbosity(verbosity)
+    # What is not there, or of another size, transformers starts anew.
+    kinds = {"missing_keys": "missing", "mismatched_keys": "of another size", "unexpected_keys": "unknown"}
+    keys = {
+        what: sorted({key if isinstance(key, str) else key[0] for key in info[kind]}) for kind, what in kinds.items()
+    }
+    _refuse(model, {what: [key for key in some if not key.startswith(heads)] for what, some in keys.items()})
     tensors: dict[str, Tensor] = loaded.state_dict()
     return {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
 
@@ -170,10 +192,14 @@ def _weights(saved: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
             break
     state: Any = OrderedDict((name, tensor) for name, tensor in saved.items() if isinstance(tensor, Tensor))
     versions: Mapping[str, Any] = getattr(saved, "_metadata", {})  # of modules whose state dicts have changed
-    known = {name.split(".")[0] for name, _ in model.named_modules()}
+    known, children = {*model.state_dict()}, {name.split(".")[0] for name, _ in model.named_modules()}
     for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state) and prefix[:-1] not in known:
-            state = OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in state.items())
+        inside = OrderedDict(
+            (name.removeprefix(prefix), part) for name, part in state.items() if name.startswith(prefix)
+        )
+        all_inside = bool(state) and len(inside) == len(state) and prefix[:-1] not in children
+        if all_inside or len(known & {*inside}) > len(known & {*state}):  # beside a module's own reference to its head
+            state = inside
             versions = {f"{name}.".removeprefix(prefix).removesuffix("."): of for name, of in versions.items() if name}
     if saved and not state:
         raise ValueError(f"Expected a state dict, but got no tensors among {_listed([*map(str, saved)])}.")

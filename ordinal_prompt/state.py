@@ -9,19 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEY = "text_encoder"  # in the metadata of a state dict, which torch.save keeps
+KEY, SETTINGS = "text_encoder", "settings"  # in the metadata of a state dict, which torch.save keeps
 SAMPLES, ROUNDING = 8, 0.02  # numbers that tell text encoders apart, also in half precision
 
 
-def tell(metadata: dict[str, Any], text_encoder: Sequence[Tensor]) -> None:
-    """Notes a few weights of a frozen text encoder, which is not in the state dict itself."""
-    metadata[KEY] = _sampled(text_encoder)
+def tell(metadata: dict[str, Any], settings: dict[str, Any], text_encoder: Sequence[Tensor]) -> None:
+    """Notes settings that tensors do not show, and a few weights of a text encoder that is not in the state dict."""
+    metadata[SETTINGS], metadata[KEY] = settings, _sampled(text_encoder)
 
 
 def told(metadata: dict[str, Any]) -> list[float]:
     """What `tell` noted; empty where a state dict has lost its metadata."""
     noted: list[float] = metadata.get(KEY, [])
     return noted
+
+
+def warn_of_others(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Warns where a head with other settings wrote this state dict."""
+    noted: dict[str, Any] = metadata.get(SETTINGS, settings)
+    other = [f"{name}={noted[name]!r} (here {own!r})" for name, own in settings.items() if noted.get(name, own) != own]
+    if other:
+        warnings.warn(
+            f"The state dict of this head was saved with other settings, and logits will not be the same: "
+            f"{', '.join(other)}. Build the head as it was built then.",
+            stacklevel=2,
+        )
 
 
 def warn_of_another(noted: list[float], text_encoder: Sequence[Tensor]) -> None:

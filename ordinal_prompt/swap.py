@@ -65,6 +65,10 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     for argument, value in (("model", model), ("head", head)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"Expected `{argument}` to be a torch.nn.Module, but got {type(value).__name__}.")
+    if isinstance(model, (OrdinalPromptHead, OrdinalPromptHeads)):
+        raise ValueError(
+            "Expected `model` to be the model whose head is replaced, but got a prompt head; swap the two."
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "DistributedDataParallel synchronizes the parameters that it was given, and would leave the head out; "

@@ -106,7 +106,8 @@ def _check_indices(labels: Tensor, num_ranks: int) -> None:
     if _known(labels):
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0 or high >= num_ranks:
-            raise ValueError(f"Expected labels in 0…{num_ranks - 1} for {num_ranks} ranks, but got {low}…{high}.")
+            hint = f"; of samples without a label pass ignore_index={low} to the loss" if low in (-100, -1) else ""
+            raise ValueError(f"Expected labels in 0…{num_ranks - 1} for {num_ranks} ranks, but got {low}…{high}{hint}.")
 
 
 def _check_distributions(labels: Tensor) -> None:

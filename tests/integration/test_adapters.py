@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,14 @@ def test_a_head_that_is_saved_whole_shares_its_text_encoder_and_trains() -> None
         trained.prompt.rank_embeddings.normal_()
     expected = model.eval()(FEATURES).detach()
     torch.testing.assert_close(op.export_heads(model)(FEATURES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_an_adapter_leaves_out_is_no_secret(clip: Any) -> None:
+    model = nn.Sequential(nn.Linear(7, 7), op.OrdinalPromptHead(clip, 5, in_features=7))
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="does not learn, and is not saved with the adapter"):
+        op.parameter_groups(adapted, lr=1e-3)
+    saved = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.parameter_groups(saved, lr=1e-3)

@@ -146,3 +146,40 @@ def test_files_of_other_things(tmp_path: Path) -> None:
         op.load_exported(nn.Linear(2, 2), tmp_path / "whole.pt")
     with pytest.raises(ValueError, match="got no tensors among epoch"):
         op.load_exported(nn.Linear(2, 2), {"epoch": 3})
+
+
+def test_folders_that_are_not_what_they_should_be(clip: Any, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 30}
+
+    def build(layers: int = 1, **changes: Any) -> Any:
+        config = transformers.BertConfig(**{**small, **changes}, num_hidden_layers=layers)
+        return transformers.BertForSequenceClassification(config)
+
+    model = build()
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5, in_features=8).eval())
+    model.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="these hold a prompt head"):
+        op.load_exported(build(), tmp_path / "head")
+    op.export_heads(model)
+    model.save_pretrained(tmp_path / "exported")
+    model.bert.save_pretrained(tmp_path / "bare")
+    for fresh, folder, what in (
+        (build(2), "exported", "missing"),
+        (build(1, intermediate_size=12), "exported", "of another size"),
+        (build(), "bare", "missing"),
+    ):
+        with pytest.raises(ValueError, match=f"do not fit BertForSequenceClassification: .* {what}"):
+            op.load_exported(fresh, tmp_path / folder)
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(op.load_exported(build(), tmp_path / "exported")(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_lightning_module_that_holds_the_head_twice(tmp_path: Path) -> None:
+    module = nn.Module()
+    module.model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 5))
+    module.head = op.OrdinalPromptHead(tiny_clip(), 5).eval()
+    op.replace_head(module.model, module.head)
+    op.export_heads(module)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
+    fresh = op.load_exported(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 5)), tmp_path / "last.ckpt")
+    torch.testing.assert_close(fresh(torch.ones(1, 12)), module.model(torch.ones(1, 12)))

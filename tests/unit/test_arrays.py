@@ -77,7 +77,7 @@ MISSING = pd.Series([0, 1, None])
         (None, TypeError, "but got NoneType"),
         (pd.Series([], dtype="int64"), ValueError, "at least one label"),
         ([], ValueError, "at least one label"),
-        ([0.5, 1.0], TypeError, "integers, but got torch.float32; convert"),
+        ([0.5, 1.0], TypeError, "integers, but got torch.float32; map values"),
         (pd.Series([True, False]), TypeError, "integers, but got torch.bool"),
         (pd.Series(["bad", "good"]), TypeError, "numbers, but got str"),
         (pd.Series(pd.to_datetime(["2020-01-01"])), TypeError, "numbers, but got datetime64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,3 +70,21 @@ def test_more_mistakes() -> None:
         op.OrdinalPromptLosses([op.OrdinalPromptLoss()])
     other = op.OrdinalPromptLosses({"age": torch.nn.CrossEntropyLoss()})
     torch.testing.assert_close(other(*batch), torch.tensor(3.0).log())
+
+
+def test_the_trainer_of_transformers() -> None:
+    """Accumulated over parts of a batch it is the loss of the whole; labels may be the columns of one tensor."""
+    heads = {"age": op.OrdinalPromptLoss(ignore_index=-100, kl_weight=0), "sex": op.OrdinalPromptLoss(kl_weight=0)}
+    losses = op.OrdinalPromptLosses(heads, {"age": 0.5})
+    logits = {"age": torch.randn(8, 4), "sex": torch.randn(8, 2)}
+    columns = torch.stack([torch.arange(8) % 4, torch.arange(8) % 2], dim=1)
+    named = {"age": columns[:, 0], "sex": columns[:, 1]}
+    expected = losses(logits, named)
+    torch.testing.assert_close(losses(logits, columns), expected)
+    output = SimpleNamespace(logits=logits)
+    torch.testing.assert_close(losses(output, columns, num_items_in_batch=(columns != -100).sum()), expected)
+    parts = [
+        losses({name: part[at : at + 4] for name, part in logits.items()}, columns[at : at + 4], num_items_in_batch=16)
+        for at in (0, 4)
+    ]
+    torch.testing.assert_close(sum(parts), expected)

@@ -200,3 +200,12 @@ def test_heads_of_the_first_release_load(name: str) -> None:
     state = load_file(RELEASE / name / WEIGHTS_FILE)
     del state["special"], state["prototypes"]
     head.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("changed", [{"residual": 1.0}, {"normalize": False}, {"interpolation": "inv_prop"}])
+def test_a_state_dict_of_other_settings_is_no_secret(changed: dict[str, Any], clip: Any) -> None:
+    options: dict[str, Any] = {"residual": 5.0}
+    state = op.OrdinalPromptHead(clip, 5, **options).state_dict()
+    name = next(iter(changed))
+    with pytest.warns(UserWarning, match=f"saved with other settings.*: {name}=.* \\(here"):
+        op.OrdinalPromptHead(clip, 5, **{**options, **changed}).load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -193,3 +194,14 @@ def test_mistaken_labels(options: Any, labels: Any, error: Any, match: str) -> N
         op.OrdinalPromptClassifier(None, **options).fit(features, given)
     with pytest.raises(ValueError, match="`sample_weight` that is not negative"):
         op.OrdinalPromptClassifier(None, NAMES).fit(features, right, -np.ones(60))
+
+
+def test_a_pickle_holds_the_text_encoder_once(clip: Any, tokenizer: Any) -> None:
+    features, labels = task(NAMES)
+    classifier = op.OrdinalPromptClassifier(clip, NAMES, tokenizer=tokenizer, context="it is").fit(features, labels)
+    for again in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        assert again.head_.text_encoder is None
+        np.testing.assert_allclose(again.predict_proba(features), classifier.predict_proba(features))
+        torch.testing.assert_close(again.head_.export()(torch.ones(1, 12)), classifier.export()(torch.ones(1, 12)))
+        np.testing.assert_array_equal(again.fit(features, labels).predict(features), classifier.predict(features))
+    assert classifier.head_.text_encoder is not None

@@ -203,7 +203,11 @@ LOGITS, LABELS = torch.zeros(8, 5), torch.arange(8) % 5
         (lambda: op.OrdinalPromptLoss(rank_weights=[0] * 5), ValueError, "none negative, not all zero"),
         (lambda: op.OrdinalPromptLoss(0, 0), ValueError, "`kl_weight` or `emd_weight` to be above zero"),
         (lambda: op.OrdinalPromptLoss(ignore_index="none"), TypeError, "`ignore_index` to be a number, as -100"),
-        (lambda: op.rank_indices([1, float("nan")], [1, 2], nearest=True), ValueError, "drop or mend them.$"),
+        (
+            lambda: op.rank_indices([1, float("nan")], [1, 2], nearest=True),
+            ValueError,
+            "are missing .NaN.; drop",
+        ),
         (lambda: op.soft_labels([0], 1), ValueError, "`num_ranks` to be a whole number, at least 2"),
         (lambda: op.adapt_prior(LOGITS[:0], [1] * 5), ValueError, "0 samples.*pass `prior` if it is known"),
         (lambda: op.adapt_prior(LOGITS / 0, [1] * 5), ValueError, "8 samples, or NaN"),

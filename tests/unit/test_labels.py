@@ -52,7 +52,7 @@ def test_shapes_are_kept_and_ties_go_down() -> None:
 def test_what_fits_no_rank_is_listed() -> None:
     with pytest.raises(ValueError, match=r"1 to 5, but got 0, 1.2 \(3 of 4 labels fit no rank\); .* nearest=True"):
         op.rank_indices([0, 1.2, 1.2, 3], STARS)
-    with pytest.raises(ValueError, match="got nan"):
+    with pytest.raises(ValueError, match="are missing .NaN."):
         op.rank_indices([float("nan"), 1], STARS, nearest=True)
     with pytest.raises(ValueError, match="names of ranks, 'bad', 'good', but got 'Good'"):
         op.rank_indices(["bad", "Good"], ["bad", "good"])

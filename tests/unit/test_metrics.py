@@ -252,7 +252,7 @@ def test_what_looks_like_something_else() -> None:
         metrics.mae_by_rank(probabilities.log(), labels, num_ranks=7)
     with pytest.raises(ValueError, match=r"one shape, but got \(2,\) and \(2,\) and \(2, 1\)"):
         metrics.coverage([0, 1], [1, 2], [[1], [1]])
-    with pytest.raises(TypeError, match="op.rank_indices makes indices of names"):
+    with pytest.raises(TypeError, match="names become indices with op.rank_indices"):
         metrics.accuracy(["good"], [1])
     with pytest.raises(TypeError, match="the numbers of one key at a time"):
         metrics.summary({"age": probabilities}, labels)
