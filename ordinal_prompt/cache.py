@@ -61,6 +61,10 @@ class Kept(Generic[Result]):
             and same_values(self._compared, self._values)
         )
 
+    def written_to(self) -> bool:
+        """Whether something was written in place to the sources, also where others stand in for them in a graph."""
+        return self._version is None or _sum_of_versions(self.sources) != self._version
+
     def _mark(self) -> None:
         on_cpu = [tensor for tensor in self.learned if type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu]
         lazily = [_copies_lazily(tensor) for tensor in on_cpu]
@@ -90,7 +94,8 @@ class ListedTensors:
 
     def __call__(self) -> list[Tensor]:
         """As they are now."""
-        if not _same([*chain.from_iterable(map(dict.values, self._dictionaries))], self._parts):
+        parts = [*chain.from_iterable(map(dict.values, self._dictionaries))]
+        if not _same(parts, self._parts) or any(self._empty):
             self._list()
         return self.tensors
 
@@ -101,9 +106,9 @@ class ListedTensors:
     def _list(self) -> None:
         inner: list[Any] = [*self.module.modules()] if isinstance(self.module, nn.Module) else []
         self._adapters = [one for one in inner if isinstance(getattr(one, "merged_adapters", None), list)]
-        # Whatever reparametrizes a module, or adds to it, also takes from it: from what is not empty.
         parts: Any = (part for one in inner for part in (one._parameters, one._buffers, one._modules))
-        self._dictionaries: list[dict[str, Any]] = [part for part in parts if part]
+        every: list[dict[str, Any]] = [*parts]
+        self._dictionaries, self._empty = [part for part in every if part], [part for part in every if not part]
         self._parts = [*chain.from_iterable(map(dict.values, self._dictionaries))]
         self.tensors = tensors_of(self.module)
 

@@ -84,11 +84,13 @@ def calibrate(logits: Any, labels: Labels, bias: bool = True) -> Calibration:
         bias: False fits the temperature alone.
 
     Raises:
-        ValueError: fewer than two samples, labels outside the ranks.
+        ValueError: fewer than two samples, labels outside the ranks, or of ranks that are masked.
     """
     z, y = read_logits(logits, labels)
     if len(y) < 2:
         raise ValueError(f"Expected at least two samples to calibrate with, but got {len(y)}.")
+    if bool((z.gather(1, y[:, None]) == -torch.inf).any()):
+        raise ValueError("Expected a finite logit for the label of each sample, but some are -infinity (masked).")
     z, y = z.clamp_min(LOWEST), y.clone()  # no inference tensors, which could not be differentiated
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=bias)
@@ -147,7 +149,7 @@ def adapt_prior(
                 "infinity; pass `prior` if it is known."
             )
         if smoothing:
-            equal = torch.full((len(z),), 1 / len(z), dtype=torch.float64)
+            equal = z.new_full((len(z),), 1 / len(z))
             return Calibration(1.0, tuple(smoothed_change(z.log_softmax(dim=1), equal, before, smoothing).tolist()))
         after = _likely_frequencies(z, before)
     ratio = (after.clamp_min(1e-12) / before).log()

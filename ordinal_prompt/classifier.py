@@ -113,12 +113,12 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if weight is not None and not (weight >= 0).all():
             raise ValueError("Expected `sample_weight` that is not negative.")
         self.classes_ = self._ranks(y, ordered)
-        if self.rank_names is not None and len(self.rank_names) != len(self.classes_):
+        if self.rank_names is not None and len({*self.rank_names}) != len(self.classes_):
             raise ValueError(f"Expected `rank_names` of {len(self.classes_)} ranks, but got {self.rank_names}.")
         indices = self._indices(y)
-        features = torch.tensor(X)  # a copy: memory-mapped arrays cannot be written to
+        features = torch.tensor(X, device="cpu")  # a copy: memory-mapped arrays cannot be written to
         if weight is not None:
-            weight = torch.tensor(weight)
+            weight = torch.tensor(weight, device="cpu")
         progress, offset = _print if self.verbose else None, self._offset(indices, weight)
         self.head_: OrdinalPromptHead | None = None
         if self.text_encoder is None:
@@ -186,6 +186,8 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def _ranks(self, y: Array, ordered: Any) -> Array:
         """(K,) the labels in order, of `ranks`, of ordered categories, or as they sort."""
+        if self.rank_names is not None and not _is_list(self.rank_names):
+            raise TypeError(f"Expected `rank_names` to list the names, lowest rank first, but got {self.rank_names!r}.")
         ranks = getattr(self.ranks, "categories", self.ranks)  # of a CategoricalDtype
         if ranks is None and ordered is not None:
             ranks = ordered
@@ -201,7 +203,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             except ValueError as error:
                 raise ValueError(f"{error} If labels are ordered, pass `ranks`: all of them, lowest first.") from None
             ranks = np.unique(y)
-        elif isinstance(ranks, (str, Set, Mapping)) or not hasattr(ranks, "__len__"):
+        elif not _is_list(ranks):
             raise TypeError(f"Expected `ranks` to list the labels, lowest first, but got {ranks!r}.")
         ranks = np.asarray(ranks)
         if len(ranks) < 2:
@@ -214,7 +216,7 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if self.classes_.dtype.kind == "U" and np.asarray(y).dtype.kind in "biuf":
             raise ValueError(
                 f"Expected labels among the names {self.classes_.tolist()}, but got the numbers {np.unique(y)[:10]}; "
-                "for indices, and where scikit-learn encodes labels, pass `rank_names` in place of `ranks`."
+                "where scikit-learn encodes labels, give indices (op.rank_indices), and `rank_names`, not `ranks`."
             )
         try:
             return rank_indices(y, self.classes_.tolist())
@@ -264,6 +266,11 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         tags = super().__sklearn_tags__()
         tags.classifier_tags.poor_score = True  # the score is an error
         return tags
+
+
+def _is_list(items: Any) -> bool:
+    """Whether items have an order."""
+    return hasattr(items, "__len__") and not isinstance(items, (str, Set, Mapping))
 
 
 def _print(step: int, loss: float) -> None:

@@ -196,9 +196,9 @@ def fit_map(
     num_ranks = len(prototypes) if isinstance(prototypes, Tensor) else prototypes
     dtype = torch.float64 if features.numel() * num_ranks <= EXACT else torch.float32
     x, labels = features.to(dtype), labels.clone()  # no inference tensors, which could not be differentiated
-    share = torch.ones(len(x), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+    share = x.new_ones(len(x)) if sample_weight is None else sample_weight.to(dtype)
     total = float(share.sum())
-    usual = torch.tensor(usual_bias(tuple(torch.bincount(labels, share, num_ranks).tolist())), dtype=dtype)
+    usual = torch.tensor(usual_bias(tuple(torch.bincount(labels, share, num_ranks).tolist()))).to(x)
     share = share / total
     mean, norm = torch.zeros_like(x[0]), 1.0
     if not known:
@@ -213,10 +213,9 @@ def fit_map(
     basis = torch.linalg.qr(x.T)[0] if len(x) < x.shape[1] else None
     reduced = x if basis is None else x @ basis
     prior = prior or (AROUND_PROTOTYPES if known else AROUND_ZERO)
-    factor = math.exp(log_scale) * prior.factor(num_ranks).to(dtype)
-    free = torch.zeros(num_ranks, reduced.shape[1], dtype=dtype, requires_grad=True)
-    bias = torch.zeros(num_ranks, dtype=dtype, requires_grad=True)
-    ratio = torch.zeros((), dtype=dtype, requires_grad=known)
+    factor = math.exp(log_scale) * prior.factor(num_ranks).to(x)
+    free = x.new_zeros(num_ranks, reduced.shape[1], requires_grad=True)
+    bias, ratio = x.new_zeros(num_ranks, requires_grad=True), x.new_zeros((), requires_grad=known)
 
     def loss() -> Tensor:
         logits = F.linear(reduced, factor @ free, bias + usual)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-STEPS = 1000
+STEPS = 1000  # at most
 SMOOTHING = 1.0  # of counted ranks, in nats over all samples
 
 
@@ -39,10 +39,31 @@ def smoothed_change(log_probs: Tensor, weight: Tensor, before: Tensor, smoothing
 def usual_bias(counts: tuple[float, ...]) -> tuple[float, ...]:
     """The logs of frequencies that K counts of labels suggest, of mean zero: ranks that do not occur are rare.
 
-    Zero for each where all ranks have as many samples.
+    Zero for each where all ranks have as many samples.  The likeliest frequencies, their changes penalised, by Newton's
+    method.
     """
-    found = torch.tensor(counts, dtype=torch.float64)
-    total, ranks = float(found.sum()), len(counts)
-    uniform = torch.full((ranks,), 1 / ranks, dtype=torch.float64)
-    one_hot = torch.eye(ranks, dtype=torch.float64).log()
-    return tuple(smoothed_change(one_hot, found / total, uniform, SMOOTHING / total).tolist())
+    found = torch.tensor(counts, dtype=torch.float64, device="cpu")
+    total, ranks = found.sum(), len(counts)
+    steps = torch.eye(ranks, dtype=torch.float64, device="cpu").diff(dim=0)
+    stiffness = 2 * SMOOTHING * (ranks - 1) * steps.T @ steps
+
+    def loss(logs: Tensor) -> Tensor:
+        return total * logs.logsumexp(dim=0) - found @ logs + logs @ stiffness @ logs / 2
+
+    logs = torch.zeros_like(found)
+    for _ in range(STEPS):
+        shares = logs.softmax(dim=0)
+        gradient = total * shares - found + stiffness @ logs
+        if float(gradient.abs().max()) <= 1e-10 * float(total):
+            break
+        # Adding to all logs changes nothing: the last term keeps the mean.
+        curvature = total * (shares.diag() - shares.outer(shares) + 1 / ranks**2) + stiffness
+        step, size = torch.linalg.solve(curvature, gradient), 1.0
+        while size > 1e-9 and float(loss(logs - size * step)) > float(loss(logs)) - 1e-4 * size * float(
+            gradient @ step
+        ):
+            size /= 2
+        logs = logs - size * step
+        if size <= 1e-9:
+            break
+    return tuple((logs - logs.mean()).tolist())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ordinal_prompt.arrays import RankNumbers, label_tensor, number_tensor, rank_tensor, widest_float
+from ordinal_prompt.cache import traced
 
 MAX_LISTED = 10
 SOFT_LABELS = ("beta", "binomial", "exponential", "poisson", "triangular")
@@ -44,7 +45,8 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
     rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0  # of half precision, say
     wide = widest_float(given.device)
     given, known = given.to(wide), rank_tensor(rank_values, "rank_values").to(wide).to(given.device)
-    if known.dim() != 1 or len(known) < 2 or not bool((known.diff() > 0).all()):
+    unseen = traced()
+    if known.dim() != 1 or len(known) < 2 or not (unseen or bool((known.diff() > 0).all())):
         raise ValueError(
             f"Expected increasing `rank_values`, at least two, one for each rank, but got {_listed(known.tolist())}."
         )
@@ -53,7 +55,7 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
     if not nearest:
         least = torch.minimum(known.diff().min() / 4, known.abs().max() * max(1e-6, rounding))
         misses |= (given - known[indices]).abs() > least
-    if bool(misses.any()):
+    if not unseen and bool(misses.any()):
         missing = int(given.isnan().sum())
         if missing:
             raise ValueError(

@@ -31,10 +31,10 @@ class RankPrototypes(nn.Module):
     While something is learned, `prototypes()` encodes the prompts at every call.  Without gradients (in eval mode,
     under `torch.no_grad()`, or with frozen prompts) the prototypes are kept until a tensor that they were made of
     changes.  Seen are optimizer steps, `load_state_dict`, writing in place, assigning `.data`, `.to()`, new tensors and
-    modules, pruning, parametrizations and switched adapters, in the prompts, in the text encoder, and in the model that
-    it shares its weights with.  What is written through `.data` or past PyTorch (NumPy, a replayed CUDA graph) is seen
-    of prompts on the CPU, and of a text encoder that learns there, and nowhere else.  Under FSDP, prototypes of prompts
-    that learn are never kept, and those of frozen prompts until `load_state_dict`.
+    modules, pruning, parametrizations and switched adapters, in the prompts and in `text_encoder`; of the model that it
+    shares its weights with, what is written to these in place.  What is written through `.data` or past PyTorch (NumPy,
+    a replayed CUDA graph) is seen of prompts on the CPU, and of a text encoder that learns there, and nowhere else.
+    Under FSDP, prototypes of prompts that learn are never kept, and those of frozen prompts until `load_state_dict`.
 
     Args:
         config: the options of the head.  A frozen text encoder is kept out of parameters, state dict and copies (copies
@@ -166,7 +166,7 @@ class RankPrototypes(nn.Module):
         """The prototypes without gradients, (K, D); computed where there are none that hold."""
         kept = self._kept
         if kept is not None and self._encoder_tensors.switches() == self._switches:
-            if traced() or kept.holds(self._sources(), [*self.prompt.modules()]):
+            if not kept.written_to() if traced() else kept.holds(self._sources(), [*self.prompt.modules()]):
                 return kept.result
             if self.text_encoder is None and same_values(self._sources()[0], self._prompt_values):
                 self.keep_prototypes(kept.result)  # written to, or replaced, by what they were
@@ -202,7 +202,7 @@ class RankPrototypes(nn.Module):
         if current_prototypes is not None and not torch.compiler.is_exporting():
             current: Tensor = current_prototypes(self.rank_values, self._key)
             return current
-        if self.text_encoder is None and self._kept is not None:
+        if self.text_encoder is None and self._kept is not None and not self._kept.written_to():
             return self._kept.result
         with torch.no_grad(), full_precision(self.rank_values):
             return self._encode(self.prompt())
@@ -248,7 +248,10 @@ class RankPrototypes(nn.Module):
     # ------------------------------------------------------------------------------------- what PyTorch does to modules
 
     def requires_grad_(self: Prototypes, requires_grad: bool = True) -> Prototypes:
-        """As of any module, but prompts that do not learn (`learn_prompts=False`) stay as they are."""
+        """As of any module, but prompts that do not learn (`learn_prompts=False`) stay as they are.
+
+        PyTorch does not ask here where a whole model is unfrozen, and lets them learn.
+        """
         super().requires_grad_(requires_grad)
         if not self.config.learn_prompts:
             self.prompt.requires_grad_(False)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ordinal_prompt.distributed import gathered
 from ordinal_prompt.head import OrdinalPromptHead
 
 ALIGNMENT = 0.05
@@ -113,9 +114,10 @@ def parameter_groups(
     projected: set[nn.Parameter] = set()
     for head in heads:
         if head.projection is not None and not head.normalize:
-            own = [parameter for parameter in head.projection.parameters() if parameter.requires_grad]
-            groups.append({"params": own, "lr": lr / max(1.0, _stretch(head))})
-            projected.update(own)
+            own = [part for part in head.projection.parameters() if part.requires_grad and part not in projected]
+            if own:
+                groups.append({"params": own, "lr": lr / max(1.0, _stretch(head))})
+                projected.update(own)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter not in projected:
             groups[1 if parameter in prompts else 2 if parameter in scales else 0]["params"].append(parameter)
@@ -125,5 +127,8 @@ def parameter_groups(
 @torch.no_grad()
 def _stretch(head: OrdinalPromptHead) -> float:
     """By how much the logits move at most where each projected feature moves by one."""
-    weight, _ = head._linear_map(head.prototypes())
+    if head.logit_scale.is_meta or head.prompt.rank_embeddings.is_meta:
+        return 1.0  # not known yet
+    with gathered(head):
+        weight, _ = head._linear_map(head.prototypes())
     return float(weight.abs().sum(dim=1).mean())

@@ -45,7 +45,7 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    whole, model = model, getattr(model, "_orig_mod", model)  # of a compiled one
     state = _weights(source if isinstance(source, Mapping) else _read(Path(source)), model)
     like = next((part for part in model.parameters() if part.is_floating_point()), None)
     if any(name.endswith("prompt.rank_embeddings") for name in state):
@@ -79,10 +79,11 @@ def load_exported(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # another size
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
-    missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]  # shared ones are there
+    own = {name: part.data_ptr() for name, part in model.state_dict().items() if isinstance(part, Tensor)}
+    loaded = {address for name, address in own.items() if name in state}
+    missing = [name for name in missing if own.get(name) not in loaded]  # shared ones are there
     _refuse(model, {"missing": missing, "unknown": unexpected})
-    return model.eval()
+    return whole.eval()
 
 
 def _refuse(model: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
@@ -121,7 +122,11 @@ def _exported(state: Mapping[str, Tensor]) -> list[str]:
 
     Of several heads side by side, whose layers are in `heads`, the name that they share.
     """
-    marked = [name.removesuffix(".weight") for name, tensor in state.items() if tensor.numel() == 0]
+    marked = [
+        name.removesuffix(".weight")
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and tensor.numel() == 0
+    ]
     several = [name for name in marked if _attributes(state, name)]
     inside = tuple(f"{name}.heads." for name in several)
     numbered = re.compile(r"(.+)\.\d+\.weight")
@@ -148,7 +153,10 @@ def _layers(state: Mapping[str, Tensor], name: str) -> nn.Sequential:
     indices = sorted(int(match[1]) for match in map(pattern.fullmatch, state) if match)
     linear = [linear_layer(state[f"{name}.{i}.weight"], state.get(f"{name}.{i}.bias")) for i in indices]
     norm = unit_norm(linear[-1].in_features) if indices[-1] else []  # a single layer has none
-    return no_linear_layer(nn.Sequential(*linear[:-1], *norm, linear[-1]))
+    layers: Any = no_linear_layer(nn.Sequential(*linear[:-1], *norm, linear[-1]))
+    layers.in_features, layers.out_features = linear[0].in_features, linear[-1].out_features
+    whole: nn.Sequential = layers
+    return whole
 
 
 def _linear(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -190,17 +198,20 @@ def _weights(saved: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         if isinstance(saved.get(name), Mapping):
             saved = saved[name]
             break
-    state: Any = OrderedDict((name, tensor) for name, tensor in saved.items() if isinstance(tensor, Tensor))
+    state: Any = OrderedDict((name, part) for name, part in saved.items() if isinstance(part, Tensor) or "." in name)
     versions: Mapping[str, Any] = getattr(saved, "_metadata", {})  # of modules whose state dicts have changed
     known, children = {*model.state_dict()}, {name.split(".")[0] for name, _ in model.named_modules()}
-    for prefix in PREFIXES:
-        inside = OrderedDict(
-            (name.removeprefix(prefix), part) for name, part in state.items() if name.startswith(prefix)
-        )
-        all_inside = bool(state) and len(inside) == len(state) and prefix[:-1] not in children
-        if all_inside or len(known & {*inside}) > len(known & {*state}):  # beside a module's own reference to its head
-            state = inside
-            versions = {f"{name}.".removeprefix(prefix).removesuffix("."): of for name, of in versions.items() if name}
+    more = True
+    while more:
+        more = False
+        for prefix in PREFIXES:
+            named = ((name.removeprefix(prefix), part) for name, part in state.items() if name.startswith(prefix))
+            inside = OrderedDict(named)
+            all_inside = bool(state) and len(inside) == len(state) and prefix[:-1] not in children
+            if all_inside or len(known & {*inside}) > len(known & {*state}):  # beside a module's reference to its head
+                more, state = True, inside
+                below = ((f"{name}.".removeprefix(prefix), of) for name, of in versions.items() if name)
+                versions = {name.removesuffix("."): of for name, of in below}
     if saved and not state:
         raise ValueError(f"Expected a state dict, but got no tensors among {_listed([*map(str, saved)])}.")
     if versions:

@@ -41,7 +41,7 @@ def one_backward(given: Given) -> Iterator[None]:
         yield
     pairs = zip(given, shared, strict=True)
     reached = [(whole, own.grad) for (_, whole), (_, own) in pairs if own.grad is not None]
-    if not reached:
+    if given and not reached:
         warnings.warn(
             "No gradient reached the prompts inside reuse_prototypes(), and they do not learn from these batches; call "
             "backward() inside the block.",

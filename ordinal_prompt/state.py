@@ -58,7 +58,17 @@ def check_ranks(state_dict: dict[str, Any], prefix: str, rank_values: Tensor, er
 
 
 def _sampled(tensors: Sequence[Tensor]) -> list[float]:
-    """Some weights of some matrices."""
-    matrices = [tensor for tensor in tensors if tensor.dim() > 1 and tensor.is_floating_point() and not tensor.is_meta]
+    """Some weights of some matrices, one transfer from a GPU; empty where they are of kinds that are read otherwise."""
+    matrices = [tensor for tensor in tensors if _is_plain(tensor)]
     chosen = matrices[:: max(1, len(matrices) // SAMPLES)]
-    return [float(matrix.detach().flatten()[matrix.numel() // 2]) for matrix in chosen]
+    middles = [matrix.detach()[tuple(size // 2 for size in matrix.shape)].float() for matrix in chosen]
+    try:
+        numbers: list[float] = torch.stack(middles).tolist() if middles else []
+    except RuntimeError:  # on several devices, or without data
+        return []
+    return numbers
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    return plain and tensor.dim() > 1 and tensor.numel() > 0 and tensor.is_floating_point()

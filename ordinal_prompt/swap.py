@@ -21,6 +21,7 @@ from ordinal_prompt.export import linear_layer, no_linear_layer
 from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.places import PointwiseHead, SharedHead, pointwise
 
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # torchvision's
 
 
@@ -127,7 +128,7 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     of_heads = {id(part) for head in heads for part in head.parameters()}
     dtypes = {part.dtype for part in model.parameters() if id(part) not in of_heads and part.is_floating_point()}
     precision = next(iter(dtypes), None)
-    if len(dtypes) == 1:  # features come in it, and stock layers take no other
+    if len(dtypes) == 1 and precision in PRECISIONS:  # features come in it, and stock layers take no other
         exported = {key: layers.to(dtype=precision) for key, layers in exported.items()}
     compiled = [(id(part), id(part._orig_mod)) for part in model.modules() if hasattr(part, "_orig_mod")]
     exported |= {key: exported[inner] for key, inner in compiled if inner in exported}

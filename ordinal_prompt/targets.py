@@ -55,7 +55,8 @@ def read_batch(
         sample_weight = there.to(logits.dtype) if sample_weight is None else sample_weight * there
     if there is not None:
         sound = 1 / num_ranks if kind == "distributions" else 0 if rank_values is None else rank_values[0]
-        labels = labels if rank_values is None or kind == "distributions" else labels.to(widest_float(labels.device))
+        if rank_values is not None and not labels.is_floating_point():
+            labels = labels.to(widest_float(labels.device))
         labels = torch.where(there if kind == "indices" else there[:, None], labels, sound)
     if kind == "distributions":
         _check_distributions(labels)

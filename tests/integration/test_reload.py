@@ -116,7 +116,7 @@ def test_wrong_sources(clip: Any, tmp_path: Path) -> None:
         op.load_exported(timm.create_model("resnet18"), state)
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "model", "prefix", "compiled", "mapping"])
+@pytest.mark.parametrize("wrap", ["state_dict", "model", "prefix", "compiled", "both", "mapping"])
 def test_checkpoints_as_people_keep_them(wrap: str, tmp_path: Path) -> None:
     model = nn.Sequential()
     model.body, model.fc = nn.Linear(12, 12), nn.Linear(12, 5)
@@ -127,6 +127,7 @@ def test_checkpoints_as_people_keep_them(wrap: str, tmp_path: Path) -> None:
         "state_dict": {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}, "epoch": 3},
         "model": {"model": state, "epoch": 3},
         "prefix": {f"module.{name}": tensor for name, tensor in state.items()},
+        "both": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
         "compiled": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
         "mapping": {"model_state_dict": state, "epoch": 3},
     }[wrap]

@@ -136,3 +136,11 @@ def test_what_cannot_be_folded() -> None:
         calibration.fold(nn.Sequential())
     with pytest.raises(ValueError, match="finite `temperature` above zero"):
         op.Calibration(-1.0, (0.0, 0.0))
+
+
+def test_labels_of_masked_ranks() -> None:
+    logits = torch.randn(50, 4)
+    logits[:, 3] = -torch.inf
+    labels = torch.arange(50) % 4
+    with pytest.raises(ValueError, match="a finite logit for the label of each sample"):
+        op.calibrate(logits, labels)

@@ -150,7 +150,7 @@ def test_indices_with_names_serve_the_scorers_of_scikit_learn() -> None:
         scores = cross_val_score(ours, features, indices, cv=2, scoring="roc_auc_ovr")
     assert scores.min() > 0.7
     assert cross_val_predict(ours, features, indices, cv=2, method="predict_proba").shape == (80, 4)
-    with pytest.raises(ValueError, match=r"but got the numbers \[0 1 2 3\]; for indices"):
+    with pytest.raises(ValueError, match=r"but got the numbers \[0 1 2 3\]; where scikit-learn"):
         op.OrdinalPromptClassifier(None, names).fit(features, indices)
 
 

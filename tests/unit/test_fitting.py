@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import ordinal_prompt as op
 from ordinal_prompt.fitting import AROUND_PROTOTYPES, AROUND_ZERO, SCALE_SD, fit_map
+from ordinal_prompt.frequencies import usual_bias
 
 NAMES = ["terrible", "bad", "okay", "good", "great"]
 
@@ -33,7 +34,7 @@ def fitted_head(clip: Any, tokenizer: Any, **options: Any) -> op.OrdinalPromptHe
 
 
 @functools.cache
-def smoothed(counts: tuple[int, ...]) -> Any:
+def smoothed(counts: tuple[float, ...]) -> Any:
     def value(logs: Any) -> float:
         logs = logs - np.log(np.exp(logs).sum())
         return float(-(np.array(counts) * logs).sum() + (len(counts) - 1) * (np.diff(logs) ** 2).sum())
@@ -199,3 +200,16 @@ def test_mistakes(clip: Any, tokenizer: Any) -> None:
             op.fit_head(head, *given)
     with pytest.raises(ValueError, match="with a residual and without in_features"):
         op.regularization(op.OrdinalPromptHead(clip, 5), 10)
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 5, 5, 1), (0, 0, 40, 0, 0), tuple(range(30)), (1000.0, 0.5)])
+def test_frequencies_that_are_expected(counts: tuple[float, ...]) -> None:
+    with torch.inference_mode():
+        found = usual_bias(counts)
+    np.testing.assert_allclose(found, smoothed(counts), atol=1e-4)
+
+
+def test_frequencies_of_many_ranks_take_no_time() -> None:
+    counts = torch.poisson(torch.ones(1000), generator=torch.Generator().manual_seed(0)).tolist()
+    assert len(usual_bias(tuple(counts))) == 1000
+    assert max(map(abs, usual_bias((7.0,) * 1000))) < 1e-9

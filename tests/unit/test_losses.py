@@ -293,6 +293,15 @@ def test_values_keep_their_digits() -> None:
     torch.testing.assert_close(loss(LOGITS, torch.tensor(days[:3])), op.OrdinalPromptLoss()(LOGITS, LABELS))
 
 
+def test_values_in_half_precision_with_missing_ones_and_in_a_graph() -> None:
+    values = [1, 1.1, 1.2, 1.3]
+    labels = torch.tensor(values[:3]).half()
+    loss = op.OrdinalPromptLoss(rank_values=values, ignore_index=-1)
+    torch.testing.assert_close(loss(LOGITS, labels), op.OrdinalPromptLoss()(LOGITS, LABELS))
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(LOGITS, torch.tensor(values[:3])), op.OrdinalPromptLoss()(LOGITS, LABELS))
+
+
 def test_unusual_but_right() -> None:
     logits = torch.randn(4)
     torch.testing.assert_close(op.OrdinalPromptLoss()(logits, torch.tensor(1)), -logits.log_softmax(0)[1])

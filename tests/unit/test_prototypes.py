@@ -176,6 +176,12 @@ def of_a_layer(head: op.OrdinalPromptHead) -> None:
     head.text_encoder.tower.ln_final = norm
 
 
+def by_a_module_that_is_added(head: op.OrdinalPromptHead) -> None:
+    layer: Any = head.text_encoder.tower.transformer.resblocks[0].mlp.c_fc
+    layer.extra = nn.Linear(layer.in_features, layer.out_features)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + layer.extra(x)
+
+
 def of_all_of_it(head: op.OrdinalPromptHead) -> None:
     head.text_encoder = op.OrdinalPromptHead(tiny_clip(), 5).text_encoder
 
@@ -202,7 +208,7 @@ def by_a_view_in_shared_memory(head: op.OrdinalPromptHead) -> None:
     "change",
     [
         of_the_text_encoder_by_assigning, of_the_text_encoder_by_pruning, by_an_adapter, of_a_layer,
-        of_all_of_it,         by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
+        by_a_module_that_is_added, of_all_of_it, by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
     ],
 )  # fmt: skip
 def test_rarer_changes_are_seen(change: Callable[[Any], None]) -> None:
@@ -321,6 +327,26 @@ def test_torch_export_of_prototypes_alone(head: op.OrdinalPromptHead, tmp_path: 
     alone = op.OrdinalPromptHead.from_pretrained(tmp_path)
     program = torch.export.export(alone, (FEATURES,))
     torch.testing.assert_close(program.module()(FEATURES), head(FEATURES))
+
+
+def test_text_encoders_of_other_kinds_have_state_dicts() -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), 5, context=4)
+    head.text_encoder.register_buffer("none", torch.zeros(0, 4))
+    head.text_encoder.register_buffer("sparse", torch.eye(3).to_sparse())
+    assert {*head.state_dict()} == {
+        "rank_values", "logit_scale", "prompt.context_embeddings", "prompt.rank_embeddings"
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(OLD_TORCH, reason="torch.export loses modules that are not registered")
+def test_prototypes_alone_that_are_no_longer_right_are_refused_in_graphs(tmp_path: Path) -> None:
+    op.OrdinalPromptHead(tiny_clip(), 5, context=4).eval().save_pretrained(tmp_path)
+    alone = op.OrdinalPromptHead.from_pretrained(tmp_path)
+    in_place(alone)
+    with pytest.raises(RuntimeError, match="no text encoder"):
+        torch.vmap(alone)(FEATURES)
+    with pytest.raises(Exception, match="no text encoder"):
+        torch.export.export(alone, (FEATURES,))
 
 
 def test_unfreezing_a_model_does_not_let_frozen_prompts_learn() -> None:

@@ -202,3 +202,17 @@ def test_a_scale_that_runs_away_stays_finite(clip: Any, tokenizer: Any) -> None:
 def test_a_frozen_head_still_learns_its_scale_after_loading(clip: Any, tokenizer: Any, tmp_path: Any) -> None:
     build(clip, tokenizer).requires_grad_(False).save_pretrained(tmp_path)
     assert op.OrdinalPromptHead.from_pretrained(tmp_path, clip).logit_scale.requires_grad
+
+
+def test_groups_of_heads_that_share_a_projection_or_have_no_data(clip: Any, tmp_path: Any) -> None:
+    options: dict[str, Any] = {"in_features": 7, "normalize": False}
+    first, second = (op.OrdinalPromptHead(clip, 5, context=4, **options) for _ in range(2))
+    second.projection = first.projection
+    torch.optim.AdamW(op.parameter_groups(nn.ModuleList([first, second]), lr=1e-3))
+    meta = op.OrdinalPromptHead(clip, 5, context=4, device="meta", **options)
+    assert [group["lr"] for group in op.parameter_groups(meta, lr=1e-3)] == [pytest.approx(5e-5), 1e-3]
+    first.save_pretrained(tmp_path)
+    alone = op.OrdinalPromptHead.from_pretrained(tmp_path, text_encoder=False)
+    assert alone.projection is not None
+    alone.projection.requires_grad_(True)
+    assert op.parameter_groups(alone, lr=1e-3)
