@@ -208,7 +208,8 @@ def by_a_view_in_shared_memory(head: op.OrdinalPromptHead) -> None:
     "change",
     [
         of_the_text_encoder_by_assigning, of_the_text_encoder_by_pruning, by_an_adapter, of_a_layer,
-        by_a_module_that_is_added, of_all_of_it, by_the_data_of_a_learning_one, by_a_shared_vector, by_a_view_in_shared_memory,
+        by_a_module_that_is_added, of_all_of_it, by_the_data_of_a_learning_one, by_a_shared_vector,
+        by_a_view_in_shared_memory,
     ],
 )  # fmt: skip
 def test_rarer_changes_are_seen(change: Callable[[Any], None]) -> None:
