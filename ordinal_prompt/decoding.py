@@ -35,7 +35,7 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
     (tensor([1.3071]), tensor([1]), tensor([20.]))
     """
     check_rule(rule)
-    logits = getattr(logits, "logits", logits)  # of a model of transformers
+    logits = logits if isinstance(logits, Tensor) else getattr(logits, "logits", logits)  # of a model of transformers
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"Expected `logits` to be a floating point tensor, but got {_kind(logits)}.")
     if logits.dim() == 0 or logits.shape[-1] < 1:

@@ -27,7 +27,7 @@ def read_batch(
 
     Args, Raises: as of `OrdinalPromptLoss`.
     """
-    logits = getattr(logits, "logits", logits)  # of a model of transformers
+    logits = logits if isinstance(logits, Tensor) else getattr(logits, "logits", logits)  # of a model of transformers
     for name, value in (("logits", logits), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}.")
