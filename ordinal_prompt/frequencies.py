@@ -59,9 +59,8 @@ def usual_bias(counts: tuple[float, ...]) -> tuple[float, ...]:
         # Adding to all logs changes nothing: the last term keeps the mean.
         curvature = total * (shares.diag() - shares.outer(shares) + 1 / ranks**2) + stiffness
         step, size = torch.linalg.solve(curvature, gradient), 1.0
-        while size > 1e-9 and float(loss(logs - size * step)) > float(loss(logs)) - 1e-4 * size * float(
-            gradient @ step
-        ):
+        before, slope = float(loss(logs)), float(gradient @ step)
+        while size > 1e-9 and float(loss(logs - size * step)) > before - 1e-4 * size * slope:
             size /= 2
         logs = logs - size * step
         if size <= 1e-9:

@@ -86,7 +86,7 @@ def parameter_groups(
 
     The projection of a head with `normalize=False` learns as a linear layer in its place would: a step of it goes on
     through the prototypes, which make it longer, and is shortened by as much (the mean over the ranks of the sum of
-    |weight|, from some hundreds on; measured in `benchmarks/heads/RESULTS.md`).
+    |weight|; measured in `benchmarks/heads/RESULTS.md`).
 
     Example: `torch.optim.AdamW(op.parameter_groups(model, lr=1e-3))`.
     """
