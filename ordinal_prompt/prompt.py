@@ -166,7 +166,7 @@ class PromptLearner(nn.Module):
 
     def _context_between(self, positions: Tensor) -> Tensor:
         """(N, M, W) contexts of positions (N,): between two ranks, between their contexts."""
-        known, positions = _positions(self.positions).to(positions.device), positions.double()
+        known = _positions(self.positions).to(positions)
         right = torch.searchsorted(known, positions).clamp(1, self.num_ranks - 1)
         part = (positions - known[right - 1]) / (known[right] - known[right - 1])
         context = self.context_embeddings
@@ -212,13 +212,18 @@ class PromptLearner(nn.Module):
     def _weights(self, positions: Tensor) -> Tensor:
         first, last = self.positions[0], self.positions[-1]
         assert self.interpolation is not None
-        weights = interpolation_weights(positions, first, last, self.num_base_ranks, self.interpolation)
-        return weights.to(torch.promote_types(self.rank_embeddings.dtype, torch.float32))
+        weights = interpolation_weights(positions.cpu(), first, last, self.num_base_ranks, self.interpolation)
+        return weights.to(positions.device, torch.promote_types(self.rank_embeddings.dtype, torch.float32))
 
     def _build_weights(self) -> None:
         if self.interpolation is not None:
             weights = self._weights(_positions(self.positions))
             self.interpolation_weights = weights.to(self.rank_embeddings.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.text.num_context == 0:  # safetensors of Accelerate keep one of several empty tensors
+            state_dict.setdefault(f"{prefix}context_embeddings", self.context_embeddings)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptLearner:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch

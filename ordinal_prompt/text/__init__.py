@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ordinal_prompt.text.open_clip import is_tower, open_clip_text
+from ordinal_prompt.text.open_clip import is_tower, open_clip_text, through_model
 from ordinal_prompt.text.prompts import Prompts, TextEncoder
 from ordinal_prompt.text.sentence import SentenceHalf, is_sentence_transformer, word_embedding
 from ordinal_prompt.text.tokens import PromptTokenizer
-from ordinal_prompt.text.towers import text_half
+from ordinal_prompt.text.towers import text_half, without_adapter
 from ordinal_prompt.text.transformers import (
     TransformersHalf,
     TransformersTextEncoder,
@@ -79,6 +79,11 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
         TypeError: the model has no text encoder that is known here, or one that cannot encode prompts.
     """
     if isinstance(model, TextEncoder):
+        if trainable and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"Expected a `text_encoder` that can be trained to be an nn.Module, but got {type(model).__name__}; "
+                "derive it from nn.Module, or leave freeze_text_encoder=True."
+            )
         half: Any = text_half(model) if isinstance(model, nn.Module) and not trainable else model
         return AdaptedText(half, model.embed_tokens, _log_scale(model))
     pooling = None
@@ -89,15 +94,20 @@ def adapt(model: Any, trainable: bool = False) -> AdaptedText:
     text = getattr(model, "text", None)
     tower: Any = text if isinstance(text, nn.Module) else model
     if isinstance(tower, nn.Module):
+        embedding: Any = None
         if is_tower(tower):
-            embedding: Any = tower.token_embedding
-            return AdaptedText(open_clip_text(tower, trainable), embedding, _log_scale(model))
-        if is_hf_text_encoder(tower):
+            embedding = without_adapter(tower.token_embedding)
+            half = open_clip_text(tower, trainable)
+        elif is_hf_text_encoder(tower):
+            embedding = token_embedding(tower.transformer)
             half = hf_text_encoder(tower, trainable)
-            return AdaptedText(half, token_embedding(tower.transformer), _log_scale(model))
-        if is_transformers_text(tower):
+        elif is_transformers_text(tower):
+            embedding = token_embedding(tower)
             half = TransformersHalf(tower, pooling, trainable)
-            return AdaptedText(half, token_embedding(tower), _log_scale(model))
+        if embedding is not None:
+            if tower is text:
+                half = through_model(model, half, embedding.weight, trainable)
+            return AdaptedText(half, embedding, _log_scale(model))
     raise TypeError(
         f"Expected `text_encoder` to hold a text encoder, but got {type(model).__name__}. Accepted are an open_clip "
         "model (CLIP, CustomTextCLIP, CoCa) or its text tower, a text model of transformers, a SentenceTransformer, "

@@ -81,6 +81,19 @@ def load_source(source: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def remembered(load: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """The same, but what was loaded once is handed out again: several heads share it."""
+    found: dict[str, Any] = {}
+
+    def once(source: Mapping[str, Any]) -> Any:
+        key = repr(sorted(source.items()))
+        if key not in found:
+            found[key] = load(source)
+        return found[key]
+
+    return once
+
+
 def described(source: Mapping[str, Any]) -> str:
     """A source in words, for a model card."""
     if "class" in source:

@@ -2,7 +2,8 @@
 
 A causal tower that pools at the end of text (CLIP) or at an appended class token (CoCa) runs packed: embeddings,
 positions and attention are laid out for it, the tower's own transformer, norms and projections do the arithmetic.
-Every other tower (bidirectional, other pooling, custom blocks) runs through its own `encode_text` at full length.
+Every other tower (bidirectional, other pooling, custom blocks, hooks, code of another's) runs through its own
+`encode_text` at full length.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ordinal_prompt.text.packing import SharedPrefixAttention, behind_each_other, pack, packed_mask, unpack
 from ordinal_prompt.text.prompts import Prompts
-from ordinal_prompt.text.towers import TextHalf, text_half
+from ordinal_prompt.text.towers import TextHalf, one_at_a_time, text_half
 
 _IMAGE_HALF = ("visual", "logit_scale", "logit_bias")
 
@@ -42,15 +43,24 @@ def open_clip_text(tower: Any, trainable: bool = False) -> nn.Module:
             "Expected a text tower that gives one feature per text, but got one with pool_type 'none'; build the model "
             "with pool_type 'argmax', 'eos', 'first' or 'last'."
         )
-    ours = _from_open_clip(tower)
+    ours = _is_stock(tower)
     # The code of another package may ask its image half for something, as OpenAI's asks it for its precision.
     half = text_half(tower, tower.token_embedding.weight, _IMAGE_HALF if ours else (), trainable)
     causal = getattr(tower, "attn_mask", None) is not None
     pooled_at_end = _class_token(tower) is not None or pooling in ("argmax", "eos")
-    if causal and pooled_at_end and ours and all(map(_is_plain, _attentions(tower))):
+    if causal and pooled_at_end and ours and _can_be_packed(half):
         return CausalTextHalf(half)
     cut = bool(getattr(tower, "use_pad_mask", False)) and pooling != "last" and _class_token(tower) is None
     return TextHalf(half, *_sizes(tower), cut).checked(tower.token_embedding.weight)
+
+
+def through_model(model: Any, half: Any, table: Tensor, trainable: bool = False) -> nn.Module:
+    """`half`, of the tower of a model; of a model of open_clip with an `encode_text` that is not open_clip's, that."""
+    if not any(map(_is_from_open_clip, type(model).__mro__)) or _is_stock(model):
+        return half  # type: ignore[no-any-return]
+    whole = text_half(model, table, trainable=trainable)
+    sizes = half.width, half.embed_dim, half.context_length
+    return TextHalf(whole, *sizes, cut=getattr(half, "cut", False)).checked(table)
 
 
 class CausalTextHalf(nn.Module):
@@ -70,7 +80,9 @@ class CausalTextHalf(nn.Module):
     def encode(self, prompts: Prompts) -> Tensor:
         """Features (K, D) of the prompts, before normalisation."""
         packed, mask, pooled_at = self._lay_out(prompts)
-        return self._pool(self.tower.transformer(packed, attn_mask=mask), mask, pooled_at)
+        with one_at_a_time():  # with `sections` of another thread it would be something else
+            packed = self.tower.transformer(packed, attn_mask=mask)
+        return self._pool(packed, mask, pooled_at)
 
     def encode_all(self, several: Sequence[Prompts]) -> list[Tensor]:
         """Features (K, D) of the prompts of several heads, in one pass through the tower."""
@@ -78,7 +90,7 @@ class CausalTextHalf(nn.Module):
             return [self.encode(prompts) for prompts in several]
         laid_out = [self._lay_out(prompts) for prompts in several]
         sections = [(packed.shape[1], mask) for packed, mask, _ in laid_out]
-        with behind_each_other(self.tower, sections):
+        with one_at_a_time(), behind_each_other(self.tower, sections):
             together = torch.cat([packed for packed, _, _ in laid_out], dim=1)
             together = self.tower.transformer(together, attn_mask=sections[0][1])
         parts = together.split([length for length, _ in sections], dim=1)
@@ -133,25 +145,39 @@ class CausalTextHalf(nn.Module):
         return visible
 
 
-def _attentions(tower: Any) -> list[Any]:
-    """The attention of every block."""
-    return [getattr(block, "attn", None) for block in tower.transformer.resblocks]
+def _can_be_packed(half: Any) -> bool:
+    """Whether nothing would see that prompts are laid out in one sequence: no hooks, stock blocks, plain attentions."""
+    blocks = half.transformer.resblocks
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in half.modules())
+    stock = all(map(_is_stock, [half.transformer, *blocks]))
+    return stock and not hooked and all(_is_plain(getattr(block, "attn", None)) for block in blocks)
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module of open_clip runs open_clip's code: of a whole model its `encode_text`, else all its methods."""
+    kind = type(module)
+    names = {name for base in kind.__mro__ if _is_from_open_clip(base) for name in vars(base) if name[:2] != "__"}
+    if hasattr(kind, "encode_text"):
+        names &= {"encode_text", "_encode_text"}
+    code = [vars(module).get(name, getattr(kind, name)) for name in names]
+    return bool(code) and all(_is_from_open_clip(part) for part in code if callable(part))
+
+
+def _is_from_open_clip(code: Any) -> bool:
+    return str(code.__module__).split(".")[0] == "open_clip"
 
 
 def _is_plain(attention: Any) -> bool:
     """Whether an attention is torch's own without extras, which packing knows how to lay out."""
     return (
         type(attention) is nn.MultiheadAttention
+        and "forward" not in vars(attention)
         and attention._qkv_same_embed_dim
         and attention.batch_first
         and attention.bias_k is None
         and not attention.add_zero_attn
         and not attention.dropout
     )
-
-
-def _from_open_clip(tower: nn.Module) -> bool:
-    return any(base.__module__.split(".")[0] == "open_clip" for base in type(tower).__mro__)
 
 
 def _pooling(tower: nn.Module) -> str:

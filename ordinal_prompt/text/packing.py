@@ -55,7 +55,7 @@ class SharedPrefixAttention(nn.Module):
         sections = self.sections or [(len(projected), attn_mask)]
         parts = projected.split([length for length, _ in sections])
         merged = [self._attend(part, mask) for part, (_, mask) in zip(parts, sections, strict=True)]
-        return own.out_proj(torch.cat(merged))[None], None
+        return F.linear(torch.cat(merged), own.out_proj.weight, own.out_proj.bias)[None], None
 
     def _attend(self, projected: Tensor, attn_mask: Tensor) -> Tensor:
         """What the tokens of one packed sequence gather from each other, (P + K·S, W), of their q, k and v."""

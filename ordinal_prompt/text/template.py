@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ordinal_prompt.config import HeadConfig
-from ordinal_prompt.text.tokens import PromptTokenizer
+from ordinal_prompt.text.tokens import PromptTokenizer, common_prefix
+
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,45 +62,66 @@ class WrittenPrompts:
 def write_prompts(tokens: PromptTokenizer, config: HeadConfig) -> WrittenPrompts:
     """Finds the token ids of context and rank names, and their places in the prompt.
 
-    A name is tokenized where it stands, as the words after the words before it.  A full stop at the end of a template
-    is the one that closes every prompt.
+    A prompt has the ids of its whole text, since tokenizers give a word other ids behind a blank, a bracket or a hyphen
+    than at the start of a text.  A full stop at the end of a template is the one that closes every prompt.
 
     Raises:
-        ValueError: names without a token, or that have the same tokens.
+        ValueError: names without a token, or that have the same tokens; texts that the tokenizer cuts.
     """
-    before, context_ids = "", None
-    if isinstance(config.context, str):
-        before, place, after = config.context.replace("_", " ").partition("{}")
-        after = after.strip().removesuffix(".")
-        head = tokens.words(before)
-        context_ids = head + (tokens.follow(f"{before} one", after) if after.strip() else ())
-        num_context = len(context_ids)
-        rank_at = len(head) if place else _rank_at(config.rank_position, num_context)
+    names, context, ids = config.base_rank_names or config.rank_names, config.context, None
+    num_context, template = 0, None
+    if isinstance(context, int):
+        num_context = context
+    elif "{}" in context:
+        template = context
     else:
-        num_context = config.context
-        rank_at = _rank_at(config.rank_position, num_context)
-    if rank_at == 0:
-        before = ""
-    elif not before.strip():
-        before = "one"  # any word: a name inside a sentence may have other ids than at its start
-
-    names, rank_ids = config.base_rank_names or config.rank_names, None
+        context = context.replace("_", " ").strip()
+        ids = tokens.whole(context)
+        num_context = len(ids)
+    rank_at = _rank_at(config.rank_position, num_context)
+    if ids is not None and rank_at in (0, num_context):  # else the rank stands between any two tokens
+        template = f"{context} {{}}".strip() if rank_at == num_context else f"{{}} {context}"
+    before, rank_ids, after, end = _cut(tokens, template or ("one {}" if rank_at else "{}"), names or ())
+    if template is not None:
+        ids, num_context, rank_at = before + after, len(before + after), len(before)
     if names is not None:
-        rank_ids = tuple(tokens.follow(before, name.replace("_", " ")) for name in names)
         _check_distinct(names, rank_ids)
         counts = tuple(map(len, rank_ids))
     else:
         counts = (config.tokens_per_rank,) if isinstance(config.tokens_per_rank, int) else (*config.tokens_per_rank,)
     text = PromptText(
         start=tokens.start,
-        end=tokens.full_stop + tokens.end,
+        end=end,
         padding=tokens.padding,
         stand_in=tokens.stand_in,
         num_context=num_context,
         rank_at=rank_at,
         rank_tokens=counts if config.interpolation is None else (max(counts),),
     )
-    return WrittenPrompts(text, context_ids or None, rank_ids)
+    return WrittenPrompts(text, ids or None, None if names is None else rank_ids)
+
+
+def _cut(tokens: PromptTokenizer, template: str, names: Sequence[str]) -> tuple[Ids, tuple[Ids, ...], Ids, Ids]:
+    """Ids before the ranks, of each rank, after them, and those that close every prompt.
+
+    Together they are the ids of the whole texts; tokens across a border belong to the rank.  Where the full stop
+    becomes one token with the end of some names, it is written by itself.
+    """
+    before, _, after = template.partition("{}")
+    after = after.rstrip().removesuffix(".")
+    for stop in (".", "") if tokens.full_stop else ("",):
+        texts = [tokens.whole(f"{before}{name}{after}{stop}".rstrip()) for name in names]
+        head, part, one = map(tokens.words, (before.rstrip(), f"{before}one", f"{before}one{after}{stop}".rstrip()))
+        tail = one[len(part) :] if one[: len(part)] == part else tokens.words(f"{after}{stop}")
+        head = head[: common_prefix(head, *texts)]
+        rests = [ids[len(head) :] for ids in texts]
+        size = common_prefix(tail[::-1], *[rest[::-1] for rest in rests])
+        tail = tail[len(tail) - size :]
+        if tail:
+            break
+    ranks = tuple(rest[: len(rest) - size] for rest in rests)
+    closing = tokens.full_stop if not stop or tail[-len(tokens.full_stop) :] == tokens.full_stop else ()
+    return head, ranks, tail[: len(tail) - len(closing)] if stop else tail, closing + tokens.end
 
 
 def _check_distinct(names: Sequence[str], rank_ids: Sequence[tuple[int, ...]]) -> None:

@@ -45,19 +45,25 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._keywords = {"context_length": 1024} if _accepts(tokenizer, "context_length") else {}
         empty, word = self._row(""), self._row("one")
+        if _leading_run(word) > _leading_run(self._row("one one")):
+            raise ValueError(
+                f"Expected `tokenizer` to pad behind a text, but it pads in front of it ({word[:4]}…); pass the "
+                "tokenizer of transformers itself in place of a function around it, or pad on the right."
+            )
         pad = getattr(tokenizer, "pad_token_id", None)
         if not isinstance(pad, int):  # a padded row ends in padding
             pad = empty[-1] if empty else 0
         self.padding = pad
-        self.start = tuple(empty[: _common_prefix(empty, word)])
+        self.start = tuple(empty[: common_prefix(empty, word)])
         self.end = self._strip(empty[len(self.start) :])
-        if not self.end and len(empty) > len(self.start):  # end of text and padding share one id
-            self.end = (pad,)
-        words = self.words("one")
+        if not self.end and len(empty) > len(self.start):  # end of text and padding share one id, or there is no end
+            full = self._row(" ".join(["one"] * len(empty)))
+            self.end = (pad,) if full[-1] == pad else ()
+        words, sentence = self.words("one"), self.words("one.")
         if not words:
             raise ValueError(f"Expected the tokenizer to give ids for 'one', but got only special ids: {word[:8]}.")
         self.stand_in = words[-1]
-        self.full_stop = self.continuation("one", "one.") or ()
+        self.full_stop = sentence[len(words) :] if sentence[: len(words)] == words else ()
 
     def words(self, text: str) -> tuple[int, ...]:
         """Ids of a text without the special ids around it; underscores count as blanks."""
@@ -66,18 +72,20 @@ class PromptTokenizer:
         end = self.end if self.end != (self.padding,) or body[-1:] == self.end else ()
         return body[: len(body) - len(end)] if end and body[-len(end) :] == end else body
 
-    def continuation(self, before: str, text: str) -> tuple[int, ...] | None:
-        """Ids that `text` adds to its own beginning `before`; None where the ids of `before` change in company."""
-        head, whole = self.words(before), self.words(text)
-        return whole[len(head) :] if whole[: len(head)] == head else None
+    def whole(self, text: str) -> tuple[int, ...]:
+        """As `words`, of a text of which nothing may be lost.
 
-    def follow(self, before: str, text: str) -> tuple[int, ...]:
-        """Ids of `text` as words that follow the words of `before` (its own ids where the two cannot be told apart).
-
-        Byte-level and sentence-piece tokenizers give a word other ids inside a sentence than at its start.
+        Raises:
+            ValueError: the tokenizer cuts it.
         """
-        joint = self.continuation(before, f"{before} {text}") if before.strip() else None
-        return self.words(text) if joint is None else joint
+        ids, parts = self.words(text), text.replace("_", " ").split(" ")
+        for rest, lost in ((parts[:-1], parts[-1]), (parts[1:], parts[0])):
+            if ids == self.words(" ".join(rest)) and self.words(lost):
+                raise ValueError(
+                    f"Expected `tokenizer` to read a whole text, but it cuts {text!r} at {len(ids)} tokens; pass the "
+                    "tokenizer of transformers itself in place of a function around it, or one that does not truncate."
+                )
+        return ids
 
     def _row(self, text: str) -> list[int]:
         with torch.device("cpu"):  # whatever the default device: tokenizers make tensors, and we read them
@@ -85,7 +93,8 @@ class PromptTokenizer:
         if not isinstance(ids, torch.Tensor):
             ids = ids["input_ids"] if hasattr(ids, "keys") else ids
         try:
-            return [int(i) for i in ids[0]]
+            row = ids[0]
+            return [int(i) for i in (row.tolist() if isinstance(row, torch.Tensor) else row)]
         except (TypeError, ValueError, IndexError):
             raise TypeError(
                 f"Expected the tokenizer to give a row of token ids for each text, but for {[text]} got {ids!r}."
@@ -123,5 +132,10 @@ def _accepts(function: Callable[..., Any], keyword: str) -> bool:
         return False
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_prefix(*rows: Sequence[int]) -> int:
+    """How many ids at their beginning all rows share."""
+    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len({*ids}) > 1), min(map(len, rows)))
+
+
+def _leading_run(row: Sequence[int]) -> int:
+    return next((i for i, token in enumerate(row) if token != row[0]), len(row))

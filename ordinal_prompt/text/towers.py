@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,8 @@ ONE_AT_A_TIME = threading.RLock()  # of threads whose heads share a text encoder
 class PromptEmbedding(nn.Module):
     """Stands where a token embedding was, and answers any ids with the prompts at hand."""
 
+    read = False  # whether a model has asked it
+
     def __init__(self) -> None:
         super().__init__()
         self.prompts: Tensor | None = None
@@ -40,6 +42,8 @@ class PromptEmbedding(nn.Module):
                 f"This text encoder turns {tuple(self.prompts.shape[:-1])} token ids into {tuple(ids.shape)} on the "
                 "way, where prompts cannot follow; choose another one, whose own code leaves the ids as they are."
             )
+        if not self.read:
+            self.read = True
         return self.prompts
 
 
@@ -58,6 +62,8 @@ def text_half(
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight is table:
             memo[id(module)] = PromptEmbedding()
+        merged = vars(module).get("merged_adapters")  # of PEFT: what the caller merges must not count twice
+        memo[id(merged)] = merged
     for parameter in model.parameters():
         shared = parameter if trainable else nn.Parameter(parameter.detach(), requires_grad=False)
         memo[id(parameter)] = shared
@@ -67,6 +73,20 @@ def text_half(
         memo[id(getattr(model, name, None))] = None
     half: nn.Module = copy.deepcopy(model, memo)
     return half
+
+
+def without_adapter(embedding: Any) -> Any:
+    """A token embedding itself.
+
+    Raises:
+        TypeError: PEFT has changed it, so that it reads the ids of tokens which prompts have not.
+    """
+    if type(embedding).__module__.split(".")[0] == "peft":
+        raise TypeError(
+            f"Expected the token embedding of `text_encoder` as it was, but an adapter of PEFT stands in its place "
+            f"({type(embedding).__name__}); merge the adapter first, with merge_and_unload()."
+        )
+    return embedding
 
 
 class TextHalf(nn.Module):
@@ -95,10 +115,16 @@ class TextHalf(nn.Module):
             table: (V, W) token embeddings.
 
         Raises:
-            TypeError: the model's own code fails on prompts, or gives something else than one feature per text.
+            TypeError: the model's own code fails on prompts, does not read them, or gives something else than one
+                feature per text.
         """
         ids, one = torch.zeros(1, 2, dtype=torch.long, device=table.device), table[:1].detach()
         self.embed_dim = self.tried(Prompts(one, one[None], torch.ones_like(ids[0, :1]), one[0], ids, 0)).shape[1]
+        if not any(slot.read for slot in self._slots()):  # but that of the caller's model, which a function has kept
+            raise TypeError(
+                f"Expected `text_encoder` to use its token embedding, but {type(self.tower).__name__} does not; where "
+                "a function was put in the place of its method, override the method in a subclass instead."
+            )
         return self
 
     def tried(self, prompts: Prompts) -> Tensor:
@@ -122,8 +148,8 @@ class TextHalf(nn.Module):
         embeddings, ids = prompts.sequences(None if self.cut else self.context_length)
         lengths = prompts.lengths + len(prompts.prefix)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        slots = [module for module in self.tower.modules() if isinstance(module, PromptEmbedding)]
-        with nullcontext() if torch.compiler.is_compiling() else ONE_AT_A_TIME:
+        slots = self._slots()
+        with one_at_a_time():
             try:
                 for slot in slots:
                     slot.prompts = embeddings.to(self._dtype())
@@ -139,8 +165,16 @@ class TextHalf(nn.Module):
         features: Tensor = output[0] if isinstance(output, tuple) else output
         return features
 
+    def _slots(self) -> list[PromptEmbedding]:
+        return [module for module in self.tower.modules() if isinstance(module, PromptEmbedding)]
+
     def _dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.tower.parameters() if p.is_floating_point())
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """Inside, no other thread encodes: copies of a text encoder share the modules that prompts are handed to."""
+    return nullcontext() if torch.compiler.is_compiling() else ONE_AT_A_TIME
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.text.prompts import Prompts
-from ordinal_prompt.text.towers import TextHalf, text_half
+from ordinal_prompt.text.towers import TextHalf, text_half, without_adapter
 
 POOLINGS = ("mean", "cls", "last")
 _IMAGE_HALF = ("vision_model", "visual_projection", "logit_scale", "logit_bias")
@@ -146,6 +146,13 @@ def _pooling_of_folder(model: Any) -> str | None:
 
 def text_model(model: Any) -> Any:
     """The model itself, the encoder of an encoder-decoder, or what a model with a task's head builds on."""
+    learned = [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
+    if learned:
+        raise TypeError(
+            f"Expected a `text_encoder` that reads prompts as they are, but PEFT puts its own in front of them "
+            f"({type(learned[0]).__name__}), which cannot be merged; pass the model without them, "
+            "model.get_base_model(), and let the head's context learn in their place."
+        )
     if hasattr(model, "get_text_features") or hasattr(model, "text_projection"):  # features of its own
         return model
     kind = type(model)  # models of others may build on one of transformers, too
@@ -160,7 +167,7 @@ def token_embedding(model: Any) -> Any:
     """The module that embeds the token ids of a transformers model (of its text half)."""
     half = text_model(model.text_model if hasattr(model, "get_text_features") else model)
     try:
-        return half.get_input_embeddings()
+        return without_adapter(half.get_input_embeddings())
     except (AttributeError, NotImplementedError):  # the inner text models of transformers 4, of OWL-ViT and GroupViT
         size: Any = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
         tables = [part for part in half.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == size]
