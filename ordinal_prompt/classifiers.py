@@ -1,7 +1,8 @@
-"""Where a model's classifier is: the linear layer, or the 1×1 convolution, that gives its logits."""
+"""Where a model's classifier is, the linear layer or 1×1 convolution that gives its logits; and its classes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ CLASSIFIER_NAMES = frozenset(
 )
 NO_CLASSES = ("ForQuestionAnswering", "ForMultipleChoice")  # of transformers: their linear layer gives no classes
 MAX_LISTED = 12
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LABELS = ("num_labels", "problem_type", "id2label", "label2id")  # of a transformers config
 
 
 def find_classifiers(model: nn.Module) -> list[str]:
@@ -78,7 +81,7 @@ def named_classifier(model: nn.Module, name: str) -> str:
 
 def is_classifier(module: Any) -> bool:
     """Whether a module may be a classifier: a linear map at every position, or what stands for one."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(module, CONVOLUTIONS):
         return set(module.kernel_size) == set(module.stride) == {1} and module.groups == 1
     if isinstance(module, torch.fx.GraphModule):  # what was exported of several heads
         return isinstance(getattr(module, "heads", None), nn.Module) and hasattr(module, "weight")
@@ -107,6 +110,50 @@ def num_outputs(classifier: Any) -> int | None:
         classifier = classifier[-1]
     count = getattr(classifier, "num_ranks", getattr(classifier, "out_features", None))
     return count if isinstance(count, int) else None
+
+
+def follow_classes(model: Any, head: nn.Module) -> None:
+    """Makes a model's own count of classes, and its names for them, those of a head."""
+    count = num_outputs(head)
+    if count is None:
+        return
+    for attribute in ("num_classes", "num_labels"):
+        fixed = (
+            isinstance(getattr(type(model), attribute, None), property) and getattr(type(model), attribute).fset is None
+        )
+        if not fixed and isinstance(getattr(model, attribute, None), int):
+            setattr(model, attribute, count)
+    _follow_labels(getattr(model, "config", None), head, count)
+
+
+def _follow_labels(config: Any, head: nn.Module, count: int) -> None:
+    """The labels of a config that names them, as transformers' do; one that cannot be written stays as it is."""
+    before = labels_of(config)
+    if not (isinstance(before.get("num_labels"), int) and before.get("id2label")):
+        return
+    labels: dict[str, Any] = {"num_labels": count}  # also makes names of the labels
+    if count > 1:
+        labels["problem_type"] = "single_label_classification"
+    names = getattr(head, "rank_names", None)
+    if names:
+        labels["id2label"] = dict(enumerate(names))
+        labels["label2id"] = {name: index for index, name in enumerate(names)}
+    try:
+        set_labels(config, {name: value for name, value in labels.items() if name in before})
+    except Exception:  # a frozen one, or one that checks what is written
+        set_labels(config, before)
+
+
+def labels_of(config: Any) -> dict[str, Any]:
+    """What a config says of the labels."""
+    return {name: getattr(config, name) for name in LABELS if hasattr(config, name)}
+
+
+def set_labels(config: Any, labels: Mapping[str, Any]) -> None:
+    """Writes what is different."""
+    for name, value in labels.items():
+        if getattr(config, name) != value:
+            setattr(config, name, value)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -205,8 +252,7 @@ def _classifiers(model: nn.Module) -> list[str]:
 
 
 def _linear(model: nn.Module) -> list[str]:
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [name for name in _classifiers(model) if not isinstance(model.get_submodule(name), convolutions)]
+    return [name for name in _classifiers(model) if not isinstance(model.get_submodule(name), CONVOLUTIONS)]
 
 
 def _last_of_sequential(model: nn.Module) -> str:
@@ -217,6 +263,8 @@ def _last_of_sequential(model: nn.Module) -> str:
             break
         leaf, module = layers[-1]
         name = f"{name}.{leaf}" if name else leaf
+        if "_orig_mod" in module._modules:  # a compiled one
+            name, module = f"{name}._orig_mod", module.get_submodule("_orig_mod")
     return name
 
 

@@ -7,17 +7,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
+from ordinal_prompt.distributed import handed_out
 from ordinal_prompt.text.towers import evaluating
 
 Layers = TypeVar("Layers", bound=nn.Module)
 
 NORM_EPS = 1e-12  # that of F.normalize
 RMS_NORMS = 4
+MARKER = (1,) * 6  # the shape of no layer's weight, and of nothing that could be stretched to one
 
 
 class PrototypeLinear(nn.Linear):
     """A linear layer that brings its input to unit norm first, so that its outputs are scaled cosines.
+
+    What computes with its weight and the raw input takes it for a plain linear layer.  LoRA does: it learns on features
+    that have any norm, and merging it changes the outputs.  Put adapters on the backbone, or on the export of a head
+    with `normalize=False`.
 
     Shapes:
         input (..., in_features), output (..., out_features).
@@ -107,17 +114,23 @@ def unit_norm(dim: int) -> list[nn.Module]:
 def no_linear_layer(layers: Layers) -> Layers:
     """Marks layers that stand in a linear layer's place: their state dict must not pass for one of its.
 
-    Libraries that load a state dict and find no `weight` for a layer start it anew, with a warning at best.  An empty
-    one, which fits no layer, makes them refuse the file; `load_exported` knows it.
+    Libraries that load a state dict and find no `weight` for a layer start it anew, with a warning at best.  This one,
+    which fits no layer, makes them refuse the file; `load_exported` knows it.  It is not empty, since some libraries
+    take all empty tensors for one, and save it once.
     """
     if "weight" not in layers._buffers:
-        layers.register_buffer("weight", torch.empty(0))
+        layers.register_buffer("weight", torch.zeros(MARKER))
     return layers
+
+
+def is_marker(weight: object) -> bool:
+    """Whether this is what `no_linear_layer` left; it was empty in files of earlier versions."""
+    return isinstance(weight, Tensor) and not is_lazy(weight) and (weight.numel() == 0 or weight.shape == MARKER)
 
 
 def stands_for_linear(module: object) -> bool:
     """Whether a module is what `export()` made of a head that is no linear layer."""
-    return isinstance(module, nn.Sequential) and getattr(module, "weight", torch.ones(1)).numel() == 0
+    return isinstance(module, nn.Sequential) and is_marker(getattr(module, "weight", None))
 
 
 def check_finite(**tensors: Tensor) -> None:
@@ -128,3 +141,40 @@ def check_finite(**tensors: Tensor) -> None:
                 f"Cannot export or save: {name.replace('.', '_')} has values that are not finite. Training has "
                 "probably diverged; load an earlier checkpoint or train with a lower learning rate."
             )
+
+
+def check_loaded(head: nn.Module) -> None:
+    """Raises ValueError where only some of a head has values; all of one may be on the meta device."""
+    on_meta = {name: part.is_meta for name, part in head.state_dict().items() if isinstance(part, Tensor)}
+    offloaded = any(hasattr(part, "_hf_hook") for part in head.modules())
+    if any(on_meta.values()) and (offloaded or not all(on_meta.values())):
+        names = [name for name, there_is_none in on_meta.items() if there_is_none]
+        raise ValueError(
+            f"Cannot export: weights of the head ({', '.join(names[:3])}) are on the meta device, without values. Load "
+            "them first; where accelerate has offloaded the model, with "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
+@torch.no_grad()
+def checked(layers: Layers, head: Any) -> Layers:
+    """The layers of a head, which hooks, or a `forward` of its own, must not make other logits than they give.
+
+    Raises:
+        ValueError: they do.
+    """
+    own = "forward" in vars(head) or not type(head).forward.__module__.startswith("ordinal_prompt.")
+    like = next(layers.parameters())
+    changed = own or head._forward_hooks or head._forward_pre_hooks
+    if like.is_meta or handed_out(head, head.prompt) or not changed:
+        return layers
+    features = torch.randn(4, head.in_features, generator=torch.Generator().manual_seed(0)).to(like)
+    with evaluating(head):
+        found, expected = layers(features), head(features)
+    if not torch.allclose(found.to(expected), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"Cannot export: {type(head).__name__} has hooks, or a forward of its own, that change its logits, and "
+            "would be lost. Remove them (what register_forward_hook returned has remove()), or build them into the "
+            "layers that export() gives without them."
+        )
+    return layers

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ordinal_prompt.attributes import OrdinalPromptHeads
+from ordinal_prompt.cache import tensors_of
 from ordinal_prompt.classifiers import (
+    CONVOLUTIONS,
     feature_width,
     find_classifiers,
+    follow_classes,
     is_activation,
+    labels_of,
     named_classifier,
-    num_outputs,
+    set_labels,
 )
-from ordinal_prompt.export import linear_layer, no_linear_layer
+from ordinal_prompt.export import check_loaded, linear_layer, no_linear_layer
 from ordinal_prompt.head import OrdinalPromptHead
-from ordinal_prompt.places import PointwiseHead, SharedHead, pointwise
+from ordinal_prompt.places import PointwiseHead, SharedHead, of_adapter, pointwise
 
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # torchvision's
@@ -40,6 +45,7 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
       and becomes `nn.Identity`.
     - The model's own count of classes (`num_classes`, `num_labels`) follows; so do the names of the labels and the
       problem type of a transformers config, so that the model computes a cross-entropy where it is given `labels=`.
+      Other configs stay as they are.
 
     Args:
         model: a model of timm, torchvision or transformers, or any other; changed in place.
@@ -66,6 +72,8 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     for argument, value in (("model", model), ("head", head)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"Expected `{argument}` to be a torch.nn.Module, but got {type(value).__name__}.")
+    given: nn.Module = model
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     if isinstance(model, (OrdinalPromptHead, OrdinalPromptHeads)):
         raise ValueError(
             "Expected `model` to be the model whose head is replaced, but got a prompt head; swap the two."
@@ -75,7 +83,7 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
             "DistributedDataParallel synchronizes the parameters that it was given, and would leave the head out; "
             "replace the head of the model first, and then wrap it."
         )
-    found = find_classifiers(model) if name is None else [named_classifier(model, name)]
+    found = find_classifiers(model) if name is None else [named_classifier(model, name.removeprefix("_orig_mod."))]
     widths = {feature_width(model, model.get_submodule(place)) for place in found}
     if len(widths) > 1:
         raise ValueError(
@@ -92,9 +100,16 @@ def replace_head(model: nn.Module, head: nn.Module, name: str | None = None) -> 
     if not isinstance(old, nn.Identity):
         new: Any = head
         new.replaces_bias = getattr(old, "replaces_bias", getattr(old, "bias", None) is not None)
-    for place in found:
-        put(model, place, head if place == found[0] else SharedHead(head))
-    return model
+    restore = snapshot(model)
+    try:
+        put(model, found[0], head)
+        for place in found[1:]:
+            put(model, place, _shared(model, found[0], place))
+    except BaseException:
+        restore()
+        raise
+    _warn_of_shared_weights(model, head)
+    return given
 
 
 def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
@@ -113,17 +128,19 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
         The model (or, for a head, its export).
 
     Raises:
-        ValueError: no prompt head in the model; learned tensors that are not finite.
+        ValueError: no prompt head in the model; learned tensors that are not finite, or that accelerate has offloaded.
         TypeError: no model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
     several = [module for module in model.modules() if isinstance(module, OrdinalPromptHeads)]
-    inside = {id(part) for heads in several for part in heads.modules()}
-    alone = [part for part in model.modules() if isinstance(part, OrdinalPromptHead) and id(part) not in inside]
+    outside = (part for _, part in model.named_modules(memo={*several}))  # one of several may also stand by itself
+    alone = [part for part in outside if isinstance(part, OrdinalPromptHead)]
     heads: list[OrdinalPromptHead | OrdinalPromptHeads] = [*several, *alone]
     if not heads:
         raise ValueError(f"Expected a model with an OrdinalPromptHead in it, but {type(model).__name__} has none.")
+    for head in heads:
+        check_loaded(head)
     exported = {id(head): _exported(head) for head in heads}
     of_heads = {id(part) for head in heads for part in head.parameters()}
     dtypes = {part.dtype for part in model.parameters() if id(part) not in of_heads and part.is_floating_point()}
@@ -134,19 +151,33 @@ def export_heads(model: nn.Module, inplace: bool = True) -> nn.Module:
     exported |= {key: exported[inner] for key, inner in compiled if inner in exported}
     if not inplace:
         model = exported.get(id(model)) or copy.deepcopy(model, {**exported})
+    _replace(model, {id(heads): exported[id(heads)] for heads in several})  # first: they keep the heads that they hold
     _replace(model, exported)
     shared = [part for part in model.modules() if isinstance(part, SharedHead)]
-    layers = (exported.get(id(part.elsewhere[0]), part.elsewhere[0]) for part in shared)
+    layers = [of_adapter(part.head) for part in shared]
     _replace(model, {id(part): copy.deepcopy(layer) for part, layer in zip(shared, layers, strict=True)})
     over_maps = {id(part): pointwise(part.head) for part in model.modules() if isinstance(part, PointwiseHead)}
     _replace(model, over_maps)
     return exported.get(id(model), over_maps.get(id(model), model))
 
 
+def _warn_of_shared_weights(model: nn.Module, head: nn.Module) -> None:
+    """Warns where a frozen text encoder is a part of the model that trains."""
+    heads = [one for one in head.modules() if isinstance(one, OrdinalPromptHead) and one.config.freeze_text_encoder]
+    memory = {tensor.data_ptr() for one in heads for tensor in tensors_of(one.text_encoder) if not tensor.is_meta}
+    if any(part.requires_grad and part.data_ptr() in memory for part in model.parameters()):
+        warnings.warn(
+            f"The text encoder of this head shares its weights with {type(model).__name__}: training the model changes "
+            "the prototypes, and copies of the model (averaged or best ones) do not take it along. Build the head on "
+            "a copy of the text model, copy.deepcopy(text_model).",
+            stacklevel=3,
+        )
+
+
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Puts a layer where the classifier `name` is, wherever that stands; what belongs to the classifier follows."""
     old: Any = model.get_submodule(name)
-    over_map = isinstance(old, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(layer, torch.fx.GraphModule)
+    over_map = isinstance(old, CONVOLUTIONS) and not isinstance(layer, (torch.fx.GraphModule, SharedHead))
     _replace(model, {id(old): PointwiseHead(layer) if over_map else layer})
     *parents, leaf = name.split(".")
     for depth, child in reversed([*enumerate([*parents, leaf])]):
@@ -157,10 +188,10 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
             for other, module in later:
                 if is_activation(module):
                     setattr(parent, other, nn.Identity())
-    layer = layer.elsewhere[0] if isinstance(layer, SharedHead) else layer
+    layer = layer.head if isinstance(layer, SharedHead) else layer
     for depth in range(len(parents) + 1):
         owner: Any = model.get_submodule(".".join(parents[:depth]))
-        _follow_classes(owner, layer)
+        follow_classes(owner, layer)
         if getattr(owner, "aux_logits", False) is True and [*parents, leaf][depth] not in AUXILIARY:
             owner.aux_logits = False
             for auxiliary in AUXILIARY:
@@ -168,8 +199,42 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
                     setattr(owner, auxiliary, None)
 
 
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that gives a model its modules, tensors and attributes back, and its configs their labels.
+
+    These are the tensors that it has now, with the values that they have then.
+    """
+    parts = [*model.modules()]
+    all_of = [of for part in parts for of in (vars(part), part._modules, part._parameters, part._buffers)]
+    kept = [(of, {**of}) for of in all_of]
+    configs = {id(config): config for config in (getattr(part, "config", None) for part in parts)}
+    labels = [(config, labels_of(config)) for config in configs.values()]
+
+    def restore() -> None:
+        for of, before in kept:
+            if isinstance(of, dict):  # TorchScript's are none, and lose nothing
+                of.clear()
+            for name, value in before.items():
+                of[name] = value
+        for config, names in labels:
+            set_labels(config, names)
+
+    return restore
+
+
 def _is_at_the_end(module: nn.Module) -> bool:
     return is_activation(module) or isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten))
+
+
+def _shared(model: nn.Module, first: str, place: str) -> SharedHead:
+    """The head of the first place, for another; known by its name below the module that holds both."""
+    above: list[str] = []
+    for one, other in zip(first.split("."), place.split("."), strict=False):
+        if one != other:
+            break
+        above.append(one)
+    name = first.removeprefix("".join(f"{part}." for part in above))
+    return SharedHead(model.get_submodule(".".join(above)), name.split(".modules_to_save.")[0])  # of any adapter
 
 
 def _exported(head: OrdinalPromptHead | OrdinalPromptHeads) -> nn.Module:
@@ -193,7 +258,7 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 
 def _check_place(model: nn.Module, name: str, head: nn.Module, shared: bool) -> None:
     """Raises ValueError where a head does not fit the place of a classifier."""
-    over_map = isinstance(model.get_submodule(name), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    over_map = isinstance(model.get_submodule(name), CONVOLUTIONS)
     if isinstance(head, OrdinalPromptHeads) and (over_map or shared):
         raise ValueError(
             f"Expected one head in the place of {type(model).__name__}.{name}, whose logits the model "
@@ -212,24 +277,3 @@ def _check_place(model: nn.Module, name: str, head: nn.Module, shared: bool) -> 
             f"{type(model).__name__} saves its adapter alone, and the head would be lost. Replace the head first, then "
             f"add the adapter, with modules_to_save=[{layer!r}] in its config."
         )
-
-
-def _follow_classes(model: Any, head: nn.Module) -> None:
-    count = num_outputs(head)
-    if count is None:
-        return
-    for attribute in ("num_classes", "num_labels"):
-        fixed = (
-            isinstance(getattr(type(model), attribute, None), property) and getattr(type(model), attribute).fset is None
-        )
-        if not fixed and isinstance(getattr(model, attribute, None), int):
-            setattr(model, attribute, count)
-    config: Any = getattr(model, "config", None)
-    if isinstance(getattr(config, "num_labels", None), int):
-        config.num_labels = count  # also makes names of the labels
-        if hasattr(config, "problem_type") and count > 1:
-            config.problem_type = "single_label_classification"
-        names = getattr(head, "rank_names", None)
-        if names:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: index for index, name in enumerate(names)}

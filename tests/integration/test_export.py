@@ -217,3 +217,18 @@ def test_a_pruned_head_exports_what_it_is_now(clip: Any) -> None:
         head.residual_orig.normal_()
     layers = head.export()
     torch.testing.assert_close(layers(torch.ones(1, 12)), head(torch.ones(1, 12)))
+
+
+def test_a_head_that_accelerate_offloaded_is_refused_until_it_is_back(clip: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(6, 7), op.OrdinalPromptHead(clip, 5, in_features=7)).eval()
+    expected = model(torch.ones(2, 6))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for inplace in (True, False):
+        with pytest.raises(
+            ValueError, match=r"on the meta device, without values\. Load them first; .*remove_hook_from"
+        ):
+            op.export_heads(model, inplace=inplace)
+    torch.testing.assert_close(model(torch.ones(2, 6)), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    torch.testing.assert_close(op.export_heads(model)(torch.ones(2, 6)), expected)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
 import re
-from typing import Any
+import warnings
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
 import torchvision
 import transformers
+from conftest import tiny_clip
 from torch import nn
 
 import ordinal_prompt as op
+from ordinal_prompt.classifiers import labels_of
 
 TIMM = [
     "resnet18",
@@ -138,6 +145,37 @@ def test_all_classifiers_whose_logits_are_averaged_get_the_one_head(clip: Any) -
     torch.testing.assert_close(again(images), logits)
     op.replace_head(model, op.OrdinalPromptHead(clip, 7, in_features=192))  # both of the exported ones, whole
     assert model(images).shape == (2, 7)
+
+
+def distilled() -> Any:
+    config: Any = transformers.DeiTConfig(**SIZES, image_size=32, patch_size=16)
+    config.num_labels = 10
+    return transformers.DeiTForImageClassificationWithTeacher(config).eval()
+
+
+def test_a_head_that_is_shared_is_found_again_by_its_name(clip: Any) -> None:
+    model, images = distilled(), torch.randn(2, 3, 32, 32)
+    op.replace_head(model, op.OrdinalPromptHead(clip, 5, in_features=16))
+    expected = model(images).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    whole = nn.Sequential(model)
+    for copied in (copy.deepcopy(model), copy.deepcopy(whole)[0], torch.load(buffer, weights_only=False)):
+        assert copied.distillation_classifier.head is copied.cls_classifier
+        torch.testing.assert_close(copied(images).logits, expected)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images).logits, expected)
+    head = op.OrdinalPromptHead(clip, 7, in_features=16)
+    op.replace_head(model, head)
+    assert model.distillation_classifier.head is model.cls_classifier is head
+    output = model(images)
+    torch.testing.assert_close(output.logits, (output.cls_logits + output.distillation_logits) / 2)
+    assert output.logits.shape == (2, 7)
+    timm_model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
+    for ranks in (5, 7):
+        op.replace_head(timm_model, op.OrdinalPromptHead(clip, ranks, in_features=192))
+    assert timm_model.eval()(images).shape == (2, 7)
 
 
 def test_averaged_classifiers_of_different_widths_are_refused_before_anything_changes() -> None:
@@ -385,3 +423,135 @@ def test_a_compiled_head_is_exported(clip: Any) -> None:
     op.export_heads(model)
     assert type(model[1]) is nn.Sequential
     torch.testing.assert_close(model(torch.ones(2, 12)), expected)
+
+
+def test_the_classifier_of_a_compiled_model(clip: Any) -> None:
+    for name in (None, "2", "_orig_mod.2"):
+        model = nn.Sequential(linear(12), nn.ReLU(), linear(), nn.Softmax(1)).eval()
+        compiled: Any = torch.compile(model, backend="eager")
+        compiled(torch.ones(2, 12))
+        head = op.OrdinalPromptHead(clip, 7)
+        assert op.replace_head(compiled, head, name=name) is compiled
+        assert model[2] is head
+        expected = head(model[:2](torch.ones(2, 12)))
+        torch.testing.assert_close(compiled(torch.ones(2, 12)), expected)
+        torch.testing.assert_close(op.export_heads(compiled)(torch.ones(2, 12)), expected)
+    compiled = torch.compile(nn.Sequential(linear(12), linear()), backend="eager")
+    inside: Any = nn.Sequential(linear(12), compiled)
+    op.replace_head(inside, op.OrdinalPromptHead(clip, 7))
+    assert inside(torch.ones(2, 12)).shape == (2, 7)
+    assert isinstance(inside[1]._orig_mod[1], op.OrdinalPromptHead)
+    with pytest.raises(ValueError, match="but got a prompt head; swap the two"):
+        op.replace_head(torch.compile(op.OrdinalPromptHead(clip, 5)), linear())
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    num_labels: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenWithNames(Frozen):
+    id2label: Any = dataclasses.field(default_factory=lambda: {0: "a", 1: "b"})
+
+
+class Slots:
+    __slots__ = ("num_labels",)
+
+    def __init__(self) -> None:
+        self.num_labels = 5
+
+
+class Pair(NamedTuple):
+    num_labels: int = 5
+    id2label: Any = {0: "a"}  # noqa: RUF012  # of one test
+
+
+class Checked:
+    """Takes the first of what is written, and not the second."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(num_labels=5, id2label={0: "a"}, label2id={"a": 0})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "id2label" and len(value) > 2:
+            raise ValueError("too many")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [Frozen, FrozenWithNames, Slots, Pair, Checked, lambda: SimpleNamespace(num_labels=5)])
+def test_a_config_that_is_not_of_transformers_stays_as_it_is(kind: Any, tokenizer: Any, clip: Any) -> None:
+    model: Any = _Net(fc=linear())
+    model.config, model.num_classes = kind(), 5
+    before = repr(model.config), labels_of(model.config)
+    head = op.OrdinalPromptHead(clip, ["bad", "fair", "good"], tokenizer=tokenizer)
+    assert op.replace_head(model, head).fc is head
+    assert model.num_classes == 3
+    assert (repr(model.config), labels_of(model.config)) == before
+
+
+def test_a_config_with_names_of_labels_follows(tokenizer: Any, clip: Any) -> None:
+    model: Any = _Net(fc=linear())
+    model.config = SimpleNamespace(num_labels=2, id2label={0: "no", 1: "yes"})
+    op.replace_head(model, op.OrdinalPromptHead(clip, ["bad", "fair", "good"], tokenizer=tokenizer))
+    assert vars(model.config) == {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
+
+
+def test_a_model_that_refuses_its_new_count_of_classes_is_as_it_was(clip: Any) -> None:
+    class Strict(_Net):
+        @property
+        def num_labels(self) -> int:
+            return 2
+
+        @num_labels.setter
+        def num_labels(self, value: int) -> None:
+            raise RuntimeError(f"{value} labels are not for me")
+
+    inner: Any = nn.Sequential(linear(), nn.Softmax(1))
+    inner.num_classes, inner.config = 5, transformers.BertConfig()
+    inner.config.num_labels = 5
+    names = inner.config.id2label
+    model: Any = Strict(classifier=inner)
+    before = [*model.modules()]
+    with pytest.raises(RuntimeError, match="3 labels are not for me"):
+        op.replace_head(model, op.OrdinalPromptHead(clip, 3))
+    assert [*model.modules()] == before
+    assert (inner.num_classes, inner.config.num_labels, inner.config.id2label) == (5, 5, names)
+    assert inner.config.problem_type is None
+
+
+def test_a_text_encoder_that_is_part_of_the_model_is_no_secret() -> None:
+    clip = tiny_clip()
+    model = nn.Module()
+    model.text, model.fc = clip, nn.Linear(12, 5)
+    with pytest.warns(UserWarning, match="shares its weights with Module.*copy.deepcopy"):
+        op.replace_head(model, op.OrdinalPromptHead(clip, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.replace_head(model, op.OrdinalPromptHead(copy.deepcopy(clip), 5))
+        op.replace_head(model, op.OrdinalPromptHead(clip, 5, freeze_text_encoder=False))
+        clip.requires_grad_(False)
+        op.replace_head(model, op.OrdinalPromptHead(clip, 5))
+
+
+class Halved(op.OrdinalPromptHead):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features) / 2
+
+
+@pytest.mark.parametrize("change", ["hook", "method", "class"])
+def test_what_changes_the_logits_of_a_head_is_not_lost_in_silence(change: str) -> None:
+    head = (Halved if change == "class" else op.OrdinalPromptHead)(tiny_clip(), 5).eval()
+    seen: list[Any] = []
+    head.register_forward_hook(lambda *_: seen.append(0))  # a hook that looks on is none
+    if change == "hook":
+        head.register_forward_hook(lambda _, __, logits: logits + 1)
+    elif change == "method":
+        forward = head.forward
+        head.forward = lambda features: forward(features) + 1  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="hooks, or a forward of its own"):
+        head.export()
+    plain = op.OrdinalPromptHead(tiny_clip(), 5).eval()
+    plain.register_forward_hook(lambda *_: seen.append(0))
+    plain.export()
+    assert seen
