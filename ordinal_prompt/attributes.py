@@ -69,7 +69,7 @@ class OrdinalPromptHeads(nn.Module):
             if twin is None:
                 kept.append(head)
             else:
-                _take_text_encoder(head, twin.text_encoder)
+                head.text_encoder = twin.text_encoder
 
     @classmethod
     def from_open_clip(
@@ -101,7 +101,7 @@ class OrdinalPromptHeads(nn.Module):
         model, tokenizer = hub.load_open_clip(model_name, pretrained)
         heads = {name: OrdinalPromptHead(model, **{"tokenizer": tokenizer, **own}) for name, own in chosen.items()}
         for head in heads.values():
-            head._source = {"model_name": model_name, "pretrained": pretrained}
+            head.source = {"model_name": model_name, "pretrained": pretrained}
         return cls(heads)
 
     @property
@@ -170,8 +170,9 @@ class OrdinalPromptHeads(nn.Module):
             ValueError: as `OrdinalPromptHead.save_pretrained`.
         """
         folder, places = Path(folder), {name: quote(name, safe=" ") for name in self}
-        for name, place in places.items():
-            self[name].save_pretrained(folder / place)
+        collected = [(folder / place, *checkpoint.collect(self[name])) for name, place in places.items()]
+        for written in collected:  # once nothing is wrong with any
+            checkpoint.write(*written)
         with checkpoint.replacing(folder / checkpoint.ATTRIBUTES_FILE) as path:
             path.write_text(json.dumps({"format": 1, "attributes": places}, indent=2) + "\n", encoding="utf-8")
 
@@ -204,9 +205,8 @@ class OrdinalPromptHeads(nn.Module):
             places = {name: folder / place for name, place in json.loads(file.read_text("utf-8"))["attributes"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}.") from error
-        if text_encoder is None:
-            text_encoder = checkpoint.shared_text_encoder([*places.values()])
-        heads = {name: OrdinalPromptHead.from_pretrained(place, text_encoder) for name, place in places.items()}
+        load = hub.remembered(hub.load_source)
+        heads = {name: OrdinalPromptHead.from_folder(place, text_encoder, load) for name, place in places.items()}
         return cls(heads).eval()
 
     def extra_repr(self) -> str:
@@ -240,11 +240,13 @@ class OrdinalPromptHeads(nn.Module):
                 groups.setdefault(id(head.text_encoder), []).append(head)
         for _, *others in groups.values():
             for head in others:
-                _take_text_encoder(head, None)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
-        for first, *others in groups.values():
-            for head in others:
-                _take_text_encoder(head, first.text_encoder)
+                head.text_encoder = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        finally:  # also where there is no such device
+            for first, *others in groups.values():
+                for head in others:
+                    head.text_encoder = first.text_encoder
         return self
 
 
@@ -269,10 +271,3 @@ def _check_heads(heads: Any) -> None:
 
 def _same_text_encoder(head: OrdinalPromptHead, other: OrdinalPromptHead) -> bool:
     return head._frozen == other._frozen and same_weights(head.text_encoder, other.text_encoder)
-
-
-def _take_text_encoder(head: OrdinalPromptHead, text_encoder: Any) -> None:
-    if head._frozen:
-        head._set_frozen(text_encoder)
-    else:
-        head.text_encoder = text_encoder

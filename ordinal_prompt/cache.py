@@ -1,9 +1,9 @@
 """A result that is kept until one of the tensors that it was made of changes.
 
 A tensor counts what is written to it, but not what is written through `.data`, or through other tensors that share its
-memory.  So those that learn are also compared by their values on the CPU; elsewhere that would wait for the device.  Of
-large ones it would take long: a lazy copy stands beside them, where it can, which shares their memory until either is
-written to, by whatever way, and the tensor moves.
+memory, nor what fused optimizers write, for which we count.  So those that learn are also compared by their values on
+the CPU; elsewhere that would wait for the device.  Of large ones it would take long: a lazy copy stands beside them,
+where it can, which shares their memory until either is written to, by whatever way, and the tensor moves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 LARGE = 10_000  # values, above which comparing takes longer than a forward pass of the head
 
@@ -24,6 +25,21 @@ _address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.da
 _version = operator.attrgetter("_version")
 
 Result = TypeVar("Result")
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """PyTorch's fused optimizers, and others with kernels of their own, do not count what they write."""
+    if torch.compiler.is_compiling():
+        return
+    others = not type(optimizer).__module__.startswith("torch.optim.")
+    for group in optimizer.param_groups:
+        if others or group.get("fused"):
+            for parameter in group["params"]:
+                if parameter.grad is not None and not parameter.is_inference():
+                    torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_steps)
 
 
 class Kept(Generic[Result]):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.config import HeadConfig
+from ordinal_prompt.distributed import whole
 from ordinal_prompt.export import check_finite
 from ordinal_prompt.prompt import PromptLearner
 from ordinal_prompt.prototypes import RankPrototypes
@@ -24,6 +25,7 @@ from ordinal_prompt.text.template import PromptText
 
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
+PENDING_FILE = f"{CONFIG_FILE}.new"  # written before the weights, and renamed after them
 ATTRIBUTES_FILE = "ordinal_prompt_attributes.json"  # of several heads, each in a folder of its own
 FORMAT = 2
 LEARNED = ("context_embeddings", "rank_embeddings", "rank_values", "logit_scale", "projection", "alignment", "residual")
@@ -82,18 +84,13 @@ class Checkpoint:
             )
 
 
-def save(
-    folder: Path,
-    config: HeadConfig,
-    prompt: PromptLearner,
-    state_dict: Mapping[str, Tensor],
-    prototypes: Tensor,
-    text_encoder: Any,
-    source: dict[str, Any] | None,
-) -> None:
-    """Writes a head's config and weights into a folder, each file atomically; see `Checkpoint` for the arguments."""
-    from safetensors.torch import save_file
+def collect(head: RankPrototypes) -> tuple[str, dict[str, Tensor]]:
+    """What `write` takes of a head: its config as JSON, and its tensors.
 
+    Raises:
+        ValueError: learned tensors that are not finite, or are reparametrized.
+    """
+    prompt, state_dict = head.prompt, whole(head.state_dict())
     check_finite(**state_dict)
     known = re.compile(rf"text_encoder\..+|(prompt\.)?({'|'.join(LEARNED)})(\.weight|\.bias|_bias)?")
     foreign = [name for name in state_dict if not known.fullmatch(name)]
@@ -102,32 +99,49 @@ def save(
             f"Cannot save a head with tensors of an adapter or a reparametrization ({', '.join(foreign)}); make them "
             "permanent first, as merge_and_unload() of PEFT and torch.nn.utils.prune.remove do."
         )
-    precision = next((p.dtype for p in _parameters(text_encoder) if p.is_floating_point()), prompt.special.dtype)
+    precision = next((p.dtype for p in _parameters(head.text_encoder) if p.is_floating_point()), prompt.special.dtype)
     written = {
         "format": FORMAT,
-        "source": source,
-        "head": config.to_dict(),
+        "source": head.source,
+        "head": head.config.to_dict(),
         "text": prompt.text.to_dict(),
         "dtype": _name(prompt.rank_embeddings.dtype),
         "text_encoder_dtype": _name(precision),
     }
+    tensors = {**state_dict, "special": prompt.special, "prototypes": head.kept_prototypes()}
     text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
-    tensors = {**state_dict, "special": prompt.special, "prototypes": prototypes}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return text, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def write(folder: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes config and weights into a folder; what goes wrong, at whatever point, leaves the old ones or the new."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as path:
-        save_file(tensors, path, metadata={"config": text})  # so that a mixed pair of files is found out
-    with replacing(folder / CONFIG_FILE) as path:
-        path.write_text(text, encoding="utf-8")
+    with replacing(folder / PENDING_FILE) as path:
+        path.write_text(config, encoding="utf-8")
+    try:
+        with replacing(folder / WEIGHTS_FILE) as path:
+            save_file({**tensors}, path, metadata={"config": config})  # so that a mixed pair of files is found out
+    except BaseException:
+        (folder / PENDING_FILE).unlink()
+        raise
+    (folder / PENDING_FILE).replace(folder / CONFIG_FILE)
 
 
-def load(folder: Path, text_encoder: Any) -> Checkpoint:
-    """Reads what was saved into a folder; see `OrdinalPromptHead.from_pretrained` for `text_encoder` and errors."""
-    written, tensors = _read(folder)
+def load(folder: Path, text_encoder: Any, load_source: Callable[[Mapping[str, Any]], Any]) -> Checkpoint:
+    """Reads what was saved into a folder; see `OrdinalPromptHead.from_pretrained` for `text_encoder` and errors.
+
+    Args:
+        load_source: makes a text encoder of a source; see `text.hub`.
+    """
+    written = _read_config(folder)
+    with _weights(folder) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = HeadConfig(**written["head"])
     special, prototypes, source = tensors.pop("special"), tensors.pop("prototypes"), written["source"]
     if text_encoder is None and hub.is_known(source):
-        text_encoder = hub.load_source(source)
+        text_encoder = load_source(source)
     encoder: Any = None
     if text_encoder is not None and text_encoder is not False:
         encoder = adapt(text_encoder, trainable=not config.freeze_text_encoder).encoder
@@ -146,48 +160,51 @@ def load(folder: Path, text_encoder: Any) -> Checkpoint:
     return Checkpoint(folder, config, prompt, encoder, tensors, prototypes, source)
 
 
-def shared_text_encoder(folders: Sequence[Path]) -> Any:
-    """The text encoder of open_clip that the heads in all folders name, loaded once; None where there is no such."""
-    first, *others = map(read_source, folders)
-    one = all(source == first for source in others) and not first.get("class")
-    return hub.load_source(first) if one and hub.is_known(first) else None
-
-
 def read_source(folder: Path) -> dict[str, Any]:
     """What a saved head says of its text encoder; empty where it says nothing."""
-    source: dict[str, Any] | None = _read(folder)[0]["source"]
+    source: dict[str, Any] | None = _read_config(folder)["source"]
     return source or {}
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config, in today's format, and the tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config that belongs to the weights, in today's format."""
+    pending = (folder / PENDING_FILE).is_file()  # of a process that was killed while it saved
+    for name in (WEIGHTS_FILE, *([] if pending else [CONFIG_FILE])):
         if not (folder / name).is_file():
             several = "; it holds several heads: load them with OrdinalPromptHeads.from_pretrained"
             hint = several if (folder / ATTRIBUTES_FILE).is_file() else ""
             raise FileNotFoundError(f"Found no {name} in {folder}; expected a folder written by save_pretrained{hint}.")
+    with _weights(folder) as file:
+        of_weights = (file.metadata() or {}).get("config")
     try:
-        text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+        if pending and (folder / PENDING_FILE).read_text(encoding="utf-8") == of_weights:
+            text = of_weights
+        else:
+            text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         config = json.loads(text)
         version = config["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged or no config of a prompt head: {error!r}.") from error
     if version not in (1, FORMAT):
         raise ValueError(
             f"{folder} was written in format {version}, but this version reads 1 to {FORMAT}; update ordinal_prompt."
         )
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}.") from error
-    if metadata.get("config") != text:
+    if of_weights != text:
         raise ValueError(
             f"{CONFIG_FILE} and {WEIGHTS_FILE} in {folder} do not belong together, or were edited by hand."
         )
-    return (_from_format_1(config) if version == 1 else config), tensors
+    return _from_format_1(config) if version == 1 else config
+
+
+@contextmanager
+def _weights(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}.") from error
 
 
 def _from_format_1(config: dict[str, Any]) -> dict[str, Any]:
@@ -209,15 +226,14 @@ def _name(dtype: torch.dtype) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place once it is written; whatever goes wrong, `path` stays whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    beside.touch(exist_ok=False)
+    mode = beside.stat().st_mode  # what is written there may come with another
     try:
-        yield Path(name)
-        with open(name, "rb+") as file:
+        yield beside
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        beside.chmod(mode)
+        beside.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)

@@ -93,6 +93,14 @@ class HeadConfig:
         return None if isinstance(self.ranks, int) else tuple(self.ranks)
 
     @property
+    def numerals(self) -> bool:
+        """Whether the names are numbers, other ones than the values."""
+        try:
+            return self.rank_names is not None and tuple(map(float, self.rank_names)) != self.values
+        except ValueError:
+            return False
+
+    @property
     def values(self) -> tuple[float, ...]:
         """(K,) the value of each rank."""
         return tuple(self.rank_values or ())

@@ -5,29 +5,24 @@ One way through: text encoder → prompts → prototypes → logits; then `losse
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
+from ordinal_prompt import export as plain
 from ordinal_prompt.cache import Kept, still_kept, traced
 from ordinal_prompt.config import DEFAULT_BASE_RANKS, HeadConfig
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.distributed import gathered, handed_out, whole
-from ordinal_prompt.export import PrototypeLinear, check_finite, linear_layer, plain_linear, stock_layers
 from ordinal_prompt.losses import OrdinalPromptLoss
 from ordinal_prompt.matching import check_features, linear_map, log_scale_of_spread, match, project
 from ordinal_prompt.pretrained import Pretrained
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.text import adapt, hub
-
-LOGIT_SPREAD = 10.0
 
 
 class OrdinalPromptHead(Pretrained):
@@ -74,6 +69,7 @@ class OrdinalPromptHead(Pretrained):
         device, dtype: of what is learned; default the text encoder's device, and float32 or wider.
 
     Attributes:
+        num_ranks, rank_names, rank_values, in_features, embed_dim: K, its names and values, width of features, and D.
         prompt: `prompt.context_embeddings` (M, W) or (K, M, W), `prompt.rank_embeddings` (B or K, T, W).
         logit_scale: (1,) log of the factor on the cosines; a parameter where it learns, else a buffer.
         projection: linear layer from `in_features` to `embed_dim`, or None.
@@ -129,10 +125,10 @@ class OrdinalPromptHead(Pretrained):
         if log_scale is None and source.log_scale is not None:
             log_scale = source.log_scale + math.log(config.confidence)
         self._assemble(config, prompt, source.encoder, source.encoder.embed_dim, log_scale)
-        self._source = hub.source_of(text_encoder)
+        self.source = hub.source_of(text_encoder)
         if log_scale is None:
             with torch.no_grad():
-                self.logit_scale.copy_(log_scale_of_spread(self.kept_prototypes(), config.confidence * LOGIT_SPREAD))
+                self.logit_scale.copy_(log_scale_of_spread(self.kept_prototypes(), config.confidence))
 
     def _assemble(
         self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int, log_scale: float | None
@@ -157,35 +153,6 @@ class OrdinalPromptHead(Pretrained):
             self.residual = nn.Parameter(torch.zeros(self.num_ranks, embed_dim, **like))
             self.residual_bias = nn.Parameter(torch.zeros(self.num_ranks, **like))
 
-    @classmethod
-    def check_options(cls, ranks: int | Sequence[str], **options: Any) -> None:
-        """Raises what the constructor would raise, as far as no text encoder is needed to find it."""
-        if cls.__init__ is not OrdinalPromptHead.__init__:  # of a subclass with options of its own
-            return
-        given = inspect.signature(cls).bind(None, ranks, **options)
-        given.apply_defaults()
-        HeadConfig.from_arguments(given.arguments)
-
-    @classmethod
-    def from_open_clip(
-        cls, model_name: str, pretrained: str | None = None, *, ranks: int | Sequence[str], **options: Any
-    ) -> OrdinalPromptHead:
-        """A head, with its options, on the text encoder of an open_clip model, which open_clip builds or downloads.
-
-        Args:
-            model_name: as in `open_clip.list_models()`, or an `hf-hub:` or `local-dir:` name.
-            pretrained: a tag as in `open_clip.list_pretrained()`, or the path of a checkpoint; None for random weights.
-
-        Raises:
-            ValueError: unknown model or pretrained tag, with near matches.
-            ConnectionError: weights or tokenizer that cannot be downloaded.
-        """
-        cls.check_options(ranks, **options)  # before a download
-        model, tokenizer = hub.load_open_clip(model_name, pretrained)
-        head = cls(model, ranks, **{"tokenizer": tokenizer, **options})
-        head._source = {"model_name": model_name, "pretrained": pretrained}
-        return head
-
     def forward(self, features: Tensor) -> Tensor:
         """Logits (..., K) of features (..., in_features), at least float32, also under autocast.
 
@@ -200,8 +167,7 @@ class OrdinalPromptHead(Pretrained):
         with full_precision(features):
             weight, bias = self._linear_map(prototypes)
             logits = match(features.to(dtype), weight.to(dtype), bias, self.normalize)
-        if not self.training and logits.requires_grad and not traced() and self._learns():
-            logits.register_hook(_warn_of_eval_mode)
+        self._warn_of_gradients(logits)
         return logits
 
     @property
@@ -220,9 +186,10 @@ class OrdinalPromptHead(Pretrained):
     def loss(self, **options: Any) -> OrdinalPromptLoss:
         """The loss that belongs to this head's settings; the options are those of `OrdinalPromptLoss`.
 
-        A dictionary of `rank_weights` may have the names of the ranks for keys.
+        A dictionary or a pandas Series of `rank_weights` may have the names of the ranks for keys.
         """
-        weights = options.get("rank_weights")
+        weights: Any = options.get("rank_weights")
+        weights = weights.to_dict() if hasattr(weights, "to_dict") else weights
         if isinstance(weights, Mapping) and {*weights} == {*self.rank_names}:
             options["rank_weights"] = [weights[name] for name in self.rank_names]
         loss = OrdinalPromptLoss(**{"kl_weight": self.config.kl_weight, **options})
@@ -246,7 +213,7 @@ class OrdinalPromptHead(Pretrained):
         weight, offset = self._exported_map()
         if bias and offset is None:
             offset = torch.zeros_like(weight[:, 0])
-        layer = linear_layer(weight, offset, PrototypeLinear if self.normalize else nn.Linear)
+        layer = plain.linear_layer(weight, offset, plain.PrototypeLinear if self.normalize else nn.Linear)
         return layer.to(self.prompt.rank_embeddings.dtype)
 
     @torch.inference_mode(False)
@@ -259,9 +226,9 @@ class OrdinalPromptHead(Pretrained):
             of that precision (features shorter than 1e-10 count as zero); what is not finite raises ValueError.
         """
         with full_precision(self.rank_values), gathered(self):
-            projection = None if self.projection is None else plain_linear(self.projection, self.in_features)
-        layers = stock_layers(*self._exported_map(), projection, self.normalize)
-        return layers.to(self.prompt.rank_embeddings.dtype)
+            projection = None if self.projection is None else plain.plain_linear(self.projection, self.in_features)
+        layers = plain.stock_layers(*self._exported_map(), projection, self.normalize)
+        return plain.checked(layers.to(self.prompt.rank_embeddings.dtype), self)
 
     def extra_repr(self) -> str:
         shown = {"embed_dim": self.embed_dim, "num_ranks": self.num_ranks, **self.config.changed()}
@@ -273,27 +240,20 @@ class OrdinalPromptHead(Pretrained):
         compute = partial(linear_map, prototypes, *parts, self.config.alignment, self.config.residual)
         learned = [part for part in parts if part is not None]
         learns = prototypes.requires_grad or (torch.is_grad_enabled() and any(part.requires_grad for part in learned))
-        if learns or traced() or handed_out(self, self.prompt):
+        if traced():
+            return compute()
+        if learns or handed_out(self, self.prompt):
+            self._kept_map = None
             return compute()
         self._kept_map = still_kept(self._kept_map, compute, ([prototypes], learned), learned)
         return self._kept_map.result
 
     @torch.no_grad()
     def _exported_map(self) -> tuple[Tensor, Tensor | None]:
-        for hook in self._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                hook(self, None)
+        plain.check_loaded(self)
+        self._prune()
         prototypes, tensors = self._prototypes(), whole(self.state_dict())
         with full_precision(prototypes), gathered(self):
             weight, bias = self._linear_map(prototypes)
-        check_finite(**tensors, prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
+        plain.check_finite(**tensors, prototypes=prototypes, weight=weight.to(self.logit_scale.dtype))
         return weight, bias
-
-
-def _warn_of_eval_mode(_: Tensor) -> None:
-    warnings.warn(
-        "Gradients were asked of a prompt head in eval mode, where its prototypes are constants and its prompts do not "
-        "learn. To train, call head.train() (a backbone may stay in eval mode); to keep the prompts as they are, build "
-        "the head with learn_prompts=False.",
-        stacklevel=2,
-    )

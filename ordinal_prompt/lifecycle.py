@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from ordinal_prompt import state
-from ordinal_prompt.cache import Kept, ListedTensors
+from ordinal_prompt.cache import Kept, ListedTensors, tensors_of
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import handed_out
 from ordinal_prompt.graph import register
@@ -20,14 +20,29 @@ from ordinal_prompt.text.towers import text_half
 Module = TypeVar("Module", bound="Lifecycle")
 
 
+class Shared:
+    """A frozen text encoder, in no parameter list, state dict or optimizer of the head, and shared by its copies.
+
+    A `__deepcopy__` of the head would share it, too, but wrappers that pass on what they lack (those of PEFT) have it
+    then, and are copied as the head.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        memo.update({id(part): part for part in (self.module, *tensors_of(self.module))})
+        return self
+
+
 class Lifecycle(nn.Module):
     """Prompts, a text encoder that may be frozen, and what is kept of both; see `RankPrototypes`."""
 
     config: HeadConfig
     prompt: PromptLearner
-    text_encoder: Any
     rank_values: Tensor
     _frozen: bool
+    _encoder: Shared
     _kept: Kept[Tensor] | None
     _encoder_tensors: ListedTensors
     _noted: list[float]
@@ -35,6 +50,23 @@ class Lifecycle(nn.Module):
     def keep_prototypes(self, prototypes: Tensor) -> None:
         """Makes given prototypes (K, D) those of the prompts and the text encoder as they are now."""
         raise NotImplementedError
+
+    def _learns(self) -> bool:
+        """Whether prompts or text encoder take gradients."""
+        raise NotImplementedError
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text half of the model that encodes the prompts, or None."""
+        return self._encoder.module if self._frozen else self._modules.get("text_encoder")
+
+    @text_encoder.setter
+    def text_encoder(self, text_encoder: Any) -> None:
+        if self._frozen:
+            self._set_frozen(text_encoder)
+        else:
+            self._modules["text_encoder"] = text_encoder
+            self._encoder_tensors = ListedTensors(text_encoder)
 
     def requires_grad_(self: Module, requires_grad: bool = True) -> Module:
         """As of any module, but prompts that do not learn (`learn_prompts=False`) stay as they are.
@@ -47,15 +79,15 @@ class Lifecycle(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "text_encoder" and self.__dict__.get("_frozen"):
-            self._set_frozen(value)
-            return
-        super().__setattr__(name, value)
         if name == "text_encoder":
-            self._encoder_tensors = ListedTensors(value)
+            object.__setattr__(self, name, value)  # the property, which PyTorch would take for one more of the modules
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Lifecycle:
         """Training mode; a frozen text encoder stays in eval mode."""
+        if mode != self.training and not self.rank_values.is_cpu and self._learns():
+            self._kept = None  # values are compared on the CPU alone
         super().train(mode)
         if self._frozen and isinstance(self.text_encoder, nn.Module):
             self.text_encoder.eval()
@@ -64,8 +96,10 @@ class Lifecycle(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lifecycle:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         self._build_rank_values()  # .bfloat16() would round years to decades
-        kept, self._kept = self._kept, None
-        if self.text_encoder is None and kept is not None:
+        kept = self._kept
+        if self.text_encoder is not None:
+            self._kept = None
+        elif kept is not None:
             moved = fn(kept.result)  # to_empty() would lose them, and half precision round them
             self.keep_prototypes(kept.result.to(moved.device, torch.promote_types(moved.dtype, torch.float32)))
         if self._frozen and isinstance(self.text_encoder, nn.Module):
@@ -98,14 +132,13 @@ class Lifecycle(nn.Module):
         if handed_out(self, self.prompt) and self.text_encoder is not None:
             self._kept = None
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        self._build_rank_values(self.rank_values.device)  # a state dict in half precision has rounded them
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lifecycle:
-        if self._frozen:
-            memo.update({id(part): part for part in (self.text_encoder, *self._encoder_tensors())})
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
+    def _prune(self) -> None:
+        """What a forward pass under pruning sets anew."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(self, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reused": None}  # which holds for this one, inside its block
@@ -129,11 +162,10 @@ class Lifecycle(nn.Module):
     def _set_frozen(self, text_encoder: Any) -> None:
         if isinstance(text_encoder, nn.Module):
             text_encoder.requires_grad_(False).eval()
-        # Beside the registered modules: part of no parameter list, state dict or optimizer, but see `_apply`.
-        object.__setattr__(self, "text_encoder", text_encoder)
+        self._encoder = Shared(text_encoder)
         self._encoder_tensors = ListedTensors(text_encoder)
 
-    def _build_rank_values(self) -> None:
+    def _build_rank_values(self, device: torch.device | None = None) -> None:
         embeddings = self.prompt.rank_embeddings
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=embeddings.device)
+        self.rank_values = torch.tensor(self.prompt.positions, dtype=dtype, device=device or embeddings.device)

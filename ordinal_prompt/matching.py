@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ordinal_prompt.config import MAX_FACTOR
 
+LOGIT_SPREAD = 10.0  # of scaled prototypes around their mean, at the start
+
 
 def unit_prototypes(features: Tensor) -> Tensor:
     """Prototypes (K, D) of unit norm, at least float32, of text features (K, D)."""
@@ -61,10 +63,10 @@ def project(projection: Any, features: Tensor) -> Tensor:
     return projected
 
 
-def log_scale_of_spread(prototypes: Tensor, factor: float) -> Tensor:
-    """() the log of `factor` over the spread of the prototypes (K, D): ranks compete alike whatever their encoder."""
+def log_scale_of_spread(prototypes: Tensor, confidence: float = 1.0) -> Tensor:
+    """() log of `LOGIT_SPREAD` over the spread of prototypes (K, D): ranks compete alike whatever their encoder."""
     spread = (prototypes - prototypes.mean(dim=0)).square().sum(dim=1).mean().sqrt()
-    return (factor / spread).clamp(max=MAX_FACTOR).log()
+    return (confidence * LOGIT_SPREAD / spread).clamp(max=MAX_FACTOR).log()
 
 
 def check_features(features: Tensor, width: int, projected: bool) -> None:

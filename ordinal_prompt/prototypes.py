@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ordinal_prompt import state
+from ordinal_prompt.arrays import widest_float
 from ordinal_prompt.cache import Kept, same_values, tensors_of, traced, values_of
 from ordinal_prompt.config import HeadConfig
 from ordinal_prompt.distributed import gathered, handed_out
 from ordinal_prompt.graph import current_prototypes, register
 from ordinal_prompt.labels import any_string, rank_indices
-from ordinal_prompt.lifecycle import Lifecycle
+from ordinal_prompt.lifecycle import Lifecycle, Shared
 from ordinal_prompt.matching import unit_prototypes
 from ordinal_prompt.prompt import PromptLearner, full_precision
 from ordinal_prompt.reuse import one_backward
@@ -34,7 +36,8 @@ class RankPrototypes(Lifecycle):
     changes.  Seen are optimizer steps, `load_state_dict`, writing in place, assigning `.data`, `.to()`, new tensors and
     modules, pruning, parametrizations and switched adapters, in the prompts and in `text_encoder`; of the model that it
     shares its weights with, what is written to these in place.  What is written through `.data` or past PyTorch (NumPy,
-    a replayed CUDA graph) is seen of prompts on the CPU, and of a text encoder that learns there, and nowhere else.
+    a replayed CUDA graph) is seen of prompts on the CPU, and of a text encoder that learns there; elsewhere once a pass
+    in training mode, or a switch to eval mode, lies between.
     Under FSDP, prototypes of prompts that learn are never kept, and those of frozen prompts until `load_state_dict`.
 
     Args:
@@ -43,28 +46,31 @@ class RankPrototypes(Lifecycle):
         prompt: the prompts.
         text_encoder: a `TextEncoder`, or None for prototypes that are given to `keep_prototypes`.
         embed_dim: D.
+
+    Attributes:
+        source: the names by which the text encoder can be loaded again, where it has some; see `text.hub`.
     """
 
     def __init__(self, config: HeadConfig, prompt: PromptLearner, text_encoder: Any, embed_dim: int) -> None:
         super().__init__()
         self.config = config
+        self.source: dict[str, Any] | None = None
         self.prompt = prompt
         self.embed_dim = embed_dim
-        self._frozen = frozen = config.freeze_text_encoder or text_encoder is None
+        self._encoder = Shared(None)  # first, so that copies find what is shared before they come upon it elsewhere
+        self._frozen = config.freeze_text_encoder or text_encoder is None
         self._kept: Kept[Tensor] | None = None
         self._prompt_values: list[Tensor] = []
         self._switches: list[Any] = []
         self._noted: list[float] = []
+        self._warned = False
         self._reused: Kept[Tensor] | None = None
         self._key = register(self)
         self.register_buffer("rank_values", None)  # in the state dict, so that other ranks are refused
         self._build_rank_values()
         if isinstance(text_encoder, nn.Module):
             text_encoder.to(prompt.rank_embeddings.device)
-        if frozen:
-            self._set_frozen(text_encoder)
-        else:
-            self.text_encoder = text_encoder
+        self.text_encoder = text_encoder
 
     @property
     def num_ranks(self) -> int:
@@ -79,6 +85,11 @@ class RankPrototypes(Lifecycle):
     def rank_indices(self, values: Any, nearest: bool = False) -> Tensor:
         """Rank indices of labels that are names or values of these ranks; see `ordinal_prompt.rank_indices`."""
         named = self.config.rank_names is not None and any_string(values)
+        if not named and self.config.numerals:
+            raise ValueError(
+                f"Expected names of ranks, {', '.join(map(repr, self.rank_names[:3]))}, …, but got numbers; the names "
+                "are numbers, too, but not the values of the ranks: build the head with rank_values= for numbers."
+            )
         return rank_indices(values, self.rank_names if named else self.config.values, nearest)
 
     def prototypes(self) -> Tensor:
@@ -93,7 +104,11 @@ class RankPrototypes(Lifecycle):
 
     def _prototypes(self) -> Tensor:
         """As `prototypes`, but those that are kept are handed out as they are."""
+        if self.training and self._frozen and not traced():
+            self._warn_of_unfrozen()
         if self._differentiable():
+            if not torch.compiler.is_compiling():
+                self._kept = None  # what learns changes, in ways that are not seen everywhere
             return self._encode(self.prompt()) if self._reused is None else self._reused_prototypes(self._reused)
         if torch.compiler.is_compiling():
             return self._in_a_graph()
@@ -142,14 +157,15 @@ class RankPrototypes(Lifecycle):
             raise ValueError(
                 "Prototypes between ranks need interpolated ranks, but this head has free ones (interpolation=None)."
             )
-        positions = torch.as_tensor(positions, dtype=torch.float64, device=self.rank_values.device)
+        device = self.rank_values.device
+        positions = torch.as_tensor(positions, dtype=widest_float(device), device=device)
         first, last = self.prompt.positions[0], self.prompt.positions[-1]
         if positions.dim() != 1 or len(positions) == 0:
             raise ValueError(f"Expected `positions` of shape (N,), but got {tuple(positions.shape)}.")
         inside = positions.clamp(first, last)  # up to the rounding of float32, in which `rank_values` come
         if not bool(((positions - inside).abs() <= 1e-6 * max(abs(first), abs(last))).all()):
             raise ValueError(f"Expected `positions` between the first and the last rank, {first:g} and {last:g}.")
-        with torch.set_grad_enabled(self._differentiable()):
+        with nullcontext() if self._differentiable() else self._constant():
             return self._encode(self.prompt(inside))
 
     def keep_prototypes(self, prototypes: Tensor) -> None:
@@ -169,13 +185,18 @@ class RankPrototypes(Lifecycle):
             if self.text_encoder is None and same_values(self._sources()[0], self._prompt_values):
                 self.keep_prototypes(kept.result)  # written to, or replaced, by what they were
                 return kept.result
-        # Outside autocast, inference mode and dropout, since what is kept may be used anywhere.
-        with torch.inference_mode(False), torch.no_grad(), full_precision(self.rank_values), gathered(self):
-            with evaluating(self.text_encoder):
-                prototypes = self._encode(self.prompt())
+        with self._constant():
+            prototypes = self._encode(self.prompt())
             if not (handed_out(self, self.prompt) and self._learns()):
                 self.keep_prototypes(prototypes)
         return prototypes
+
+    @contextmanager
+    def _constant(self) -> Iterator[None]:
+        """Inside, what is encoded may be kept and used anywhere: no autocast, no inference mode, no dropout."""
+        whole = (gathered(self), evaluating(self.text_encoder))
+        with torch.inference_mode(False), torch.no_grad(), full_precision(self.rank_values), whole[0], whole[1]:
+            yield
 
     def without_text_encoder(self: Prototypes) -> Prototypes:
         """A copy that has its prototypes alone: it predicts and exports."""
@@ -226,7 +247,31 @@ class RankPrototypes(Lifecycle):
         prompt = (self.prompt.rank_embeddings, self.prompt.context_embeddings, *self.prompt.parameters())
         return any(tensor.requires_grad for tensor in (*prompt, *encoder))
 
+    def _warn_of_unfrozen(self) -> None:
+        """Warns where somebody lets a frozen text encoder learn, which no optimizer or state dict of the head knows."""
+        if not self._warned and any(tensor.requires_grad for tensor in self._encoder_tensors.tensors):
+            self._warned = True
+            warnings.warn(
+                "The text encoder of this head was frozen when the head was built, and is part of no state dict: what "
+                "it learns would be lost, or never reach it. Build the head with freeze_text_encoder=False.",
+                stacklevel=4,
+            )
+
+    def _warn_of_gradients(self, logits: Tensor) -> None:
+        """Warns in a backward pass through logits of eval mode."""
+        if not self.training and logits.requires_grad and not traced() and self._learns():
+            logits.register_hook(_warn_of_eval_mode)
+
     def _sources(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that the prototypes are made of."""
         learned = [] if handed_out(self, self.prompt) else tensors_of(self.prompt)
         return learned, self._encoder_tensors()
+
+
+def _warn_of_eval_mode(_: Tensor) -> None:
+    warnings.warn(
+        "Gradients were asked of a prompt head in eval mode, where its prototypes are constants and its prompts do not "
+        "learn. To train, call head.train() (a backbone may stay in eval mode); to keep the prompts as they are, build "
+        "the head with learn_prompts=False.",
+        stacklevel=2,
+    )

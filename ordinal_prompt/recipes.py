@@ -1,20 +1,4 @@
-"""The recipe that we recommend, where it departs from the paper, and why.
-
-The paper's settings are the defaults of `OrdinalPromptHead`.  On frozen features of texts these settings did better,
-with few labels and with many (`benchmarks/heads/RESULTS.md` has the tables, how the settings were found, and what to
-doubt):
-
-- rank names, where there are any, start rank embeddings of their own instead of three shared bases, whose mixtures are
-  nearly the same text; ranks without names stay interpolated;
-- the names weigh a third of what they usually do at the start (`confidence`), and that weight is learned: it grows
-  within a few steps where the features agree with the names, and names that mean little cost little;
-- a linear map near the identity between features and prototypes (`alignment`) and a linear layer beside them
-  (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head;
-- prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; with frozen
-  prompts the error is nearly the same, and there is no text pass.  The weight of the names and the bias, K + 1 numbers,
-  learn ten times faster;
-- cross-entropy alone: the text-to-image term balances the ranks, which costs mean absolute error.
-"""
+"""The recipe that we recommend, where it departs from the paper, and the learning rates that belong to it."""
 
 from __future__ import annotations
 
@@ -37,6 +21,20 @@ SCALE_LR_SCALE = 10.0
 
 def recipe(ranks: int | Sequence[str], prompts: str = "learned") -> dict[str, Any]:
     """Options of `OrdinalPromptHead` that we recommend; `head.loss()` and `parameter_groups` follow them.
+
+    The paper's settings are the defaults of `OrdinalPromptHead`.  On frozen features of texts these did better, with
+    few labels and with many (`benchmarks/heads/RESULTS.md` has the tables, how they were found, and what to doubt):
+
+    - rank names, where there are any, start rank embeddings of their own instead of three shared bases, whose mixtures
+      are nearly the same text; ranks without names stay interpolated;
+    - the names weigh a third of what they usually do at the start (`confidence`), and that weight is learned: it grows
+      within a few steps where the features agree with the names, and names that mean little cost little;
+    - a linear map near the identity between features and prototypes (`alignment`) and a linear layer beside them
+      (`residual`) learn what language does not know, so that with plenty of data nothing is lost to a linear head;
+    - prompts learn at a twentieth of the learning rate, since a few steps at the full rate overfit them; with frozen
+      prompts the error is nearly the same, and there is no text pass.  The weight of the names and the bias, K + 1
+      numbers, learn ten times faster;
+    - cross-entropy alone: the text-to-image term balances the ranks, which costs mean absolute error.
 
     Args:
         ranks: the number of ranks, or their names, as for the head.
@@ -105,7 +103,7 @@ def parameter_groups(
             stacklevel=2,
         )
     prompts = {parameter for head in heads for parameter in head.prompt.parameters()}
-    scales = {tensor for head in heads for tensor in (head.logit_scale, head.residual_bias)}
+    scales = {part for head in heads for name, part in head.named_parameters() if _is_scale(name)}
     groups: list[dict[str, Any]] = [
         {"params": [], "lr": lr},
         {"params": [], "lr": lr * prompt_lr_scale, "weight_decay": 0.0},
@@ -122,6 +120,11 @@ def parameter_groups(
         if parameter.requires_grad and parameter not in projected:
             groups[1 if parameter in prompts else 2 if parameter in scales else 0]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def _is_scale(name: str) -> bool:
+    """Whether a parameter of a head is its scale or its bias, also below a parametrization or pruning."""
+    return any(part.removesuffix("_orig") in ("logit_scale", "residual_bias") for part in name.split("."))
 
 
 @torch.no_grad()

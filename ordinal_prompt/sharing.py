@@ -71,7 +71,7 @@ def model_card(heads: Mapping[str, Any], repo: str, training: str, limits: str) 
         repo=repo,
         what="Classification heads" if "" not in heads else "A classification head",
         kind="OrdinalPromptHead" if "" in heads else "OrdinalPromptHeads",
-        without="" if all(is_known(one._source) for one in heads.values()) else ", text_encoder=False",
+        without="" if all(is_known(one.source) for one in heads.values()) else ", text_encoder=False",
         width=first.in_features,
         gives=f"logits (…, {first.num_ranks})" if "" in heads else "a dictionary of logits",
         heads="".join(named[name] + _described(one) for name, one in heads.items()),
@@ -88,10 +88,14 @@ def _described(head: Any) -> str:
     words = isinstance(config.context, str)
     return HEAD.format(
         ranks="\n".join(f"| {i} | {_cell(name)} | {value:g} |" for i, name, value in ranks),
-        encoder=described(head._source) if head._source else type(head.text_encoder).__name__,
+        encoder=described(head.source) if head.source else _kind(head.text_encoder),
         context=(_code(str(config.context)) or "none") if words else f"{config.context} tokens, started at random",
         settings=", ".join(_code(f"{name}={value!r}") for name, value in changed.items()) or "none",
     )
+
+
+def _kind(text_encoder: Any) -> str:
+    return "of another model" if text_encoder is None else type(text_encoder).__name__
 
 
 def _cell(text: str) -> str:

@@ -243,3 +243,37 @@ def test_mistakes(clip: Any, tmp_path: Path) -> None:
         heads(torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"one head in the place of Sequential.0.*come in a dictionary"):
         op.replace_head(nn.Sequential(nn.Conv2d(12, 3, 1)), heads, name="0")
+
+
+def test_a_move_that_fails_leaves_the_heads_whole(clip: Any) -> None:
+    heads = op.OrdinalPromptHeads(build(clip)).eval()
+    features = torch.randn(2, 7)
+    before = heads(features)
+    with pytest.raises((RuntimeError, AssertionError)):
+        heads.to("cuda:99")
+    torch.testing.assert_close(heads(features), before)
+
+
+def test_a_head_that_cannot_be_saved_leaves_the_old_ones(clip: Any, tmp_path: Path) -> None:
+    heads = op.OrdinalPromptHeads(build(clip)).eval()
+    heads.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        heads["age"].prompt.rank_embeddings.add_(1)
+        heads["fitted"].prompt.rank_embeddings.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        heads.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_head_that_also_stands_by_itself_is_exported_in_both_places(clip: Any) -> None:
+    model = nn.Module()
+    model.heads = op.OrdinalPromptHeads(build(clip)).eval()
+    model.age, heads = model.heads["age"], model.heads
+    features = torch.randn(2, 7)
+    before = heads(features)
+    op.export_heads(model)
+    assert not any(isinstance(part, op.OrdinalPromptHead) for part in model.modules())
+    torch.testing.assert_close(model.age(features), before["age"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.heads(features), before, rtol=1e-4, atol=1e-4)
+    assert isinstance(heads["age"], op.OrdinalPromptHead)  # the caller's own stay as they were

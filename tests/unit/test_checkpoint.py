@@ -209,3 +209,34 @@ def test_a_state_dict_of_other_settings_is_no_secret(changed: dict[str, Any], cl
     name = next(iter(changed))
     with pytest.warns(UserWarning, match=f"saved with other settings.*: {name}=.* \\(here"):
         op.OrdinalPromptHead(clip, 5, **{**options, **changed}).load_state_dict(state)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_save_that_is_killed_leaves_the_old_head_or_the_new(
+    number: int, head: op.OrdinalPromptHead, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.eval().save_pretrained(tmp_path)
+    old = head.prototypes()
+    new = op.OrdinalPromptHead(clip, 5, context=2).eval()
+    left, replace = [number], Path.replace
+
+    def killed(self: Path, target: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        new.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = op.OrdinalPromptHead.from_pretrained(tmp_path, clip).prototypes()
+    assert torch.equal(found, old if number < 2 else new.prototypes())
+    new.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+
+
+def test_saved_files_have_the_permissions_of_others(head: op.OrdinalPromptHead, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    head.save_pretrained(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

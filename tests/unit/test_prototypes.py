@@ -524,3 +524,105 @@ def test_two_processes_send_nothing_of_the_text_encoder(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def by_a_fused_optimizer(head: op.OrdinalPromptHead) -> None:
+    parameters = [*head.prompt.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+
+
+def test_fused_optimizers_are_seen(head: op.OrdinalPromptHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ordinal_prompt.cache.same_values", lambda *_: True)  # as off the CPU
+    monkeypatch.setattr("ordinal_prompt.cache._address", lambda _: 0)
+    head.eval()
+    before = head.prototypes()
+    by_a_fused_optimizer(head)
+    torch.testing.assert_close(head.prototypes(), computed_anew(head))
+    assert (head.prototypes() - before).abs().max() > 1e-4
+
+
+def test_fused_steps_among_batches_that_share_prototypes_are_refused(head: op.OrdinalPromptHead) -> None:
+    def step_among_batches() -> None:
+        with head.train().reuse_prototypes():
+            head(FEATURES).sum().backward()
+            by_a_fused_optimizer(head)
+
+    with pytest.raises(RuntimeError, match="prompts were changed within"):
+        step_among_batches()
+
+
+def test_a_pass_in_training_mode_ends_what_was_kept(
+    head: op.OrdinalPromptHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ordinal_prompt.cache.Kept.holds", lambda *_: True)  # whatever was written, by whatever way
+    head.eval()(FEATURES)
+    head.train()(FEATURES).sum().backward()
+    through_data(head)
+    torch.testing.assert_close(head.eval().prototypes(), computed_anew(head))
+
+
+def test_a_text_encoder_that_is_unfrozen_later_is_no_secret(head: op.OrdinalPromptHead) -> None:
+    head.train()(FEATURES)
+    head.text_encoder.requires_grad_(True)
+    head.eval()(FEATURES)
+    with pytest.warns(UserWarning, match="frozen when the head was built.*freeze_text_encoder=False"):
+        head.train()(FEATURES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(FEATURES)  # once
+
+
+def test_values_of_ranks_keep_their_digits_through_a_state_dict_in_half_precision() -> None:
+    years = [1900.0, 1931.0, 1957.0, 1983.0, 2019.0]
+    head = op.OrdinalPromptHead(tiny_clip(), 5, rank_values=years)
+    half = {name: tensor.bfloat16() for name, tensor in head.state_dict().items()}
+    for assign in (False, True):
+        loaded = copy.deepcopy(head)
+        loaded.load_state_dict(half, assign=assign)
+        assert loaded.rank_values.tolist() == years
+        assert loaded.rank_values.dtype == torch.float32
+
+
+def test_a_parametrized_scale_is_copied() -> None:
+    class Bounded(nn.Module):
+        def forward(self, log_scale: Tensor) -> Tensor:
+            return log_scale.clamp(max=2.0)
+
+    head = op.OrdinalPromptHead(tiny_clip(), 5, learn_logit_scale=True)
+    parametrize.register_parametrization(head, "logit_scale", Bounded())
+    copied = copy.deepcopy(head.eval())
+    torch.testing.assert_close(copied(FEATURES), head(FEATURES))
+    groups = op.parameter_groups(copied, lr=1.0)
+    assert [group["lr"] for group in groups if any(part.numel() == 1 for part in group["params"])] == [10.0]
+
+
+def test_prototypes_between_ranks_are_those_of_eval_mode_where_nothing_learns() -> None:
+    text = open_clip.transformer.TextTransformer(width=16, heads=2, layers=1, output_dim=12)
+    head = op.OrdinalPromptHead(text, 5, freeze_text_encoder=False)
+    head.text_encoder.tower.ln_final = nn.Sequential(head.text_encoder.tower.ln_final, nn.Dropout(0.5))
+    expected = head.eval().prototypes()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.train().prototypes_at(range(5)), expected)
+
+
+def test_threads_that_share_a_text_encoder_do_not_meet() -> None:
+    import concurrent.futures
+
+    text = tiny_clip()
+    heads = [
+        op.OrdinalPromptHeads({"a": op.OrdinalPromptHead(text, 4, context=c), "b": op.OrdinalPromptHead(text, 7)})
+        for c in (3, 8)
+    ]
+    expected = [{name: value.detach() for name, value in one.prototypes().items()} for one in heads]
+
+    def encode(number: int) -> float:
+        worst = 0.0
+        for _ in range(100):
+            for name, found in heads[number].prototypes().items():
+                worst = max(worst, float((found.detach() - expected[number][name]).abs().max()))
+        return worst
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(encode, range(2))) < 1e-5
