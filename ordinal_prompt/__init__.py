@@ -23,14 +23,13 @@ from ordinal_prompt.reload import load_exported
 from ordinal_prompt.swap import export_heads, replace_head
 
 if TYPE_CHECKING:
-    from ordinal_prompt.classifier import OrdinalPromptClassifier
+    from ordinal_prompt.classifier import OrdinalPromptClassifier as OrdinalPromptClassifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Calibration",
     "ConformalRanks",
-    "OrdinalPromptClassifier",
     "OrdinalPromptHead",
     "OrdinalPromptHeads",
     "OrdinalPromptLoss",
@@ -55,6 +54,10 @@ __all__ = [
     "soft_labels",
     "text",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "OrdinalPromptClassifier"})  # in no `import *`, which may lack scikit-learn
 
 
 def __getattr__(name: str) -> Any:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ordinal_prompt.cache import traced
+
+MAX_LISTED = 10
+
 Labels: TypeAlias = "Tensor | Sequence[int] | Any"  # Any: an array or a Series, which the core does not import
+# What NumPy's numbers become on their way to torch, by kind and size; all others go through Python's.
+NUMBERS = {"f2": "f4", "f4": "f4", "f8": "f8", "b1": "?"}
+NUMBERS |= dict.fromkeys(("i1", "i2", "i4", "i8", "u1", "u2", "u4"), "i8")
 RankNumbers: TypeAlias = "Tensor | Sequence[float] | Mapping[int, float] | Any"
 
 
-def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
+def label_tensor(labels: Labels, argument: str = "labels", num_ranks: int | None = None) -> Tensor:
     """Integer labels as int64, in the order given; an index plays no part.
 
     A tensor stays on its device.  Ordered categories of pandas become their codes.
 
+    Args:
+        num_ranks: K, where it is known.
+
     Raises:
         TypeError: labels that are not integers, categories without an order.
-        ValueError: missing labels.
+        ValueError: missing labels, categories of another number than ranks.
     """
     if is_categorical(labels):
         categories: Any = getattr(labels, "cat", labels)  # of a pandas Series; a Categorical has the attributes itself
@@ -27,6 +38,11 @@ def label_tensor(labels: Labels, argument: str = "labels") -> Tensor:
             raise TypeError(
                 f"Expected `{argument}` to be integers or ordered categories, but got categories without an order; "
                 "order them with pandas.CategoricalDtype(names, ordered=True)."
+            )
+        if num_ranks not in (None, len(categories.categories)):
+            raise ValueError(
+                f"Expected `{argument}` of {num_ranks} ordered categories, one for each rank, but got "
+                f"{len(categories.categories)}; declare all of them, pandas.CategoricalDtype(names, ordered=True)."
             )
         labels = categories.codes
         if (labels < 0).any():
@@ -51,6 +67,16 @@ def is_categorical(data: Any) -> bool:
     """Whether data are categories of pandas."""
     categories: Any = getattr(data, "cat", data)
     return hasattr(categories, "codes") and hasattr(categories, "ordered")
+
+
+def check_same_categories(*several: Any) -> None:
+    """Raises ValueError for categories that differ, whose codes mean different ranks."""
+    found = [[*getattr(data, "cat", data).categories] for data in several if is_categorical(data)]
+    if any(other != found[0] for other in found):
+        raise ValueError(
+            f"Expected the same ordered categories everywhere, but got {' and '.join(map(str, found))}; declare all "
+            "ranks in all of them, pandas.CategoricalDtype(names, ordered=True)."
+        )
 
 
 def is_number(value: Any) -> bool:
@@ -92,13 +118,13 @@ def rank_tensor(numbers: RankNumbers, argument: str) -> Tensor:
             f"Expected `{argument}` for the ranks 0…{len(ranks) - 1}, but got the index {shown}; pass a dictionary "
             "{rank: number} for all ranks, or a list in rank order."
         )
-    return tensor[torch.tensor(ranks).argsort()] if ranks else tensor
+    return tensor[torch.tensor(ranks, device=tensor.device).argsort()] if ranks else tensor
 
 
 def number_tensor(numbers: Any, argument: str, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of any kind and shape, in the order given; an index plays no part.
 
-    Of a tensor given its own precision; of anything else `dtype`, by default torch's.
+    Of a tensor given its own precision and device; of anything else `dtype`, by default torch's, on the CPU.
 
     Raises:
         TypeError: what is no number.
@@ -111,15 +137,18 @@ def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tenso
         return data
     if hasattr(data, "to_numpy"):
         data = data.to_numpy()
-    kind = getattr(data, "dtype", None)
+    kind: Any = getattr(data, "dtype", None)
     if getattr(kind, "kind", "") in ("M", "m"):  # as plain integers they would be nanoseconds
         raise TypeError(f"Expected `{argument}` to be numbers, but got {kind}.")
-    if hasattr(data, "tolist"):  # any byte order and stride, and no warning where it may not be written to
+    if type(data).__module__ == "numpy" and type(data).__name__ in ("ndarray", "memmap") and kind.str[1:] in NUMBERS:
+        native = data.astype(NUMBERS[kind.str[1:]], order="C")  # a copy, which may be written to
+        return torch.from_numpy(native).to(dtype or (torch.get_default_dtype() if kind.kind == "f" else None))
+    if hasattr(data, "tolist"):
         data = data.tolist()
     elif isinstance(data, Sequence) and not isinstance(data, str):
         data = list(data)
     try:
-        return torch.as_tensor(data, dtype=dtype)
+        return torch.as_tensor(data, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kinds = sorted({type(item).__name__ for item in data}) if isinstance(data, list) else [type(data).__name__]
         hint = f" ({error})"
@@ -130,3 +159,28 @@ def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tenso
         elif isinstance(data, Mapping):
             hint = "; pass the numbers of one key at a time"
         raise TypeError(f"Expected `{argument}` to be numbers, but got {', '.join(kinds)}{hint}.") from None
+
+
+def warn_of_probabilities(logits: Tensor, stacklevel: int = 4) -> None:
+    """Warns where all rows (..., K) are those of probabilities, of which the logarithm is meant."""
+    if traced() or logits.is_meta or not logits.numel():
+        return
+    z = logits.detach()
+    # In half precision, and written with two digits, they do not quite sum to one.
+    digits = 0.005 if z.numel() >= 8 * z.shape[-1] else 1e-3 / z.shape[-1]
+    rounding = z.shape[-1] * max(digits, torch.finfo(z.dtype).eps if z.is_floating_point() else 0.0)
+    like = (
+        ((z >= 0) & (z <= 1)).all() & ((z.float().sum(dim=-1) - 1).abs() < rounding).all() & ((z > 0) & (z < 1)).any()
+    )
+    if bool(like):
+        warnings.warn(
+            "Expected logits, but got rows of numbers in 0…1 that sum to one: probabilities? Pass their logarithm, or "
+            "what the model gives before its softmax.",
+            stacklevel=stacklevel,
+        )
+
+
+def listed(items: Iterable[Any]) -> str:
+    """The first of some items, for an error."""
+    shown = [f"{item:.10g}" if isinstance(item, float) else repr(item) for item in items]
+    return ", ".join(shown[:MAX_LISTED]) + (", …" if len(shown) > MAX_LISTED else "")

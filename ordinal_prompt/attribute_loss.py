@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ordinal_prompt.arrays import is_number
@@ -76,7 +77,8 @@ class OrdinalPromptLosses(nn.Module):
         if num_items_in_batch is None:
             return total
         given = [*labels.values()] if isinstance(labels, Mapping) else [labels]
-        return total * sum((one != -100).sum() for one in given) / num_items_in_batch  # as `Trainer` counts
+        items = torch.as_tensor(num_items_in_batch).clamp_min(1)
+        return total * sum((one != -100).sum() for one in given) / items  # as `Trainer` counts
 
     def terms(
         self,

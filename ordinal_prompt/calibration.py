@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import Labels, RankNumbers, is_number, number_tensor, rank_tensor
+from ordinal_prompt.arrays import (
+    Labels,
+    RankNumbers,
+    is_number,
+    listed,
+    number_tensor,
+    rank_tensor,
+    warn_of_probabilities,
+)
+from ordinal_prompt.export import PrototypeLinear, linear_layer
 from ordinal_prompt.frequencies import smoothed_change
-from ordinal_prompt.samples import read_logits, warn_of_probabilities
+from ordinal_prompt.samples import read_logits
 
 EM_STEPS, EM_TOLERANCE = 1000, 1e-8
 LOWEST = -1e30  # in the place of -inf, of ranks that are masked
-MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -33,42 +42,48 @@ class Calibration:
     bias: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not (0 < self.temperature < math.inf and all(math.isfinite(value) for value in self.bias)):
+        if not (is_number(self.temperature) and hasattr(self.bias, "__len__") and all(map(is_number, self.bias))):
+            raise TypeError(f"Expected `temperature` to be a number and `bias` to be K numbers, but got {self}.")
+        if not (0 < self.temperature < math.inf and all(map(math.isfinite, self.bias))):
             raise ValueError(f"Expected a finite `temperature` above zero and finite `bias`, but got {self}.")
+        object.__setattr__(self, "bias", tuple(map(float, self.bias)))  # JSON makes a list of it
 
     def __call__(self, logits: Any) -> Tensor:
         """Calibrated logits (..., K), of a tensor or an array."""
         logits = number_tensor(logits, "logits")
         if logits.shape[-1:] != (len(self.bias),):
             raise ValueError(f"Expected logits of {len(self.bias)} ranks, but got shape {tuple(logits.shape)}.")
-        calibrated: Tensor = logits / self.temperature + torch.tensor(
-            self.bias, dtype=logits.dtype, device=logits.device
-        )
-        return calibrated
+        warn_of_probabilities(logits, stacklevel=3)
+        calibrated: Tensor = logits / self.temperature  # floating point, also of integers
+        return calibrated + torch.tensor(self.bias, dtype=calibrated.dtype, device=calibrated.device)
 
     @torch.no_grad()
     def fold(self, layers: nn.Module) -> nn.Module:
         """A copy of exported layers (`head.export()`) that gives the calibrated logits, at no cost.
 
         Raises:
-            TypeError: layers that do not end in a linear one.
+            TypeError: layers that do not end in a plain linear one, which computes its weight times its input alone.
             ValueError: layers of another number of ranks.
         """
-        layers = copy.deepcopy(layers)
-        linear = layers
+        linear: Any = layers
         while isinstance(linear, nn.Sequential) and len(linear):
             linear = linear[-1]
-        if not isinstance(linear, nn.Linear):
+        places = [child for part in layers.modules() for child in part._modules.values() if child is linear]
+        plain = isinstance(linear, nn.Linear) and type(linear).forward in (nn.Linear.forward, PrototypeLinear.forward)
+        if not plain or len(places) > 1 or linear._forward_hooks or linear._forward_pre_hooks:
             raise TypeError(
-                f"Expected layers that end in a linear one, but got {type(layers).__name__}; pass an export."
+                "Expected layers that end in a linear one, a plain one without hooks, but got "
+                f"{type(layers).__name__}; pass an export."
             )
         if linear.out_features != len(self.bias):
             raise ValueError(f"Expected layers of {len(self.bias)} ranks, but they have {linear.out_features}.")
         offset = torch.tensor(self.bias, dtype=linear.weight.dtype, device=linear.weight.device)
-        linear.weight /= self.temperature
         before = 0 if linear.bias is None else linear.bias / self.temperature
-        linear.bias = nn.Parameter(before + offset, requires_grad=linear.weight.requires_grad)
-        return layers
+        kind = PrototypeLinear if isinstance(linear, PrototypeLinear) else nn.Linear
+        folded = linear_layer(linear.weight / self.temperature, before + offset, kind)
+        folded.requires_grad_(linear.weight.requires_grad).train(linear.training)
+        copied: nn.Module = copy.deepcopy(layers, {id(linear): folded})
+        return copied
 
 
 @torch.inference_mode(False)
@@ -86,14 +101,16 @@ def calibrate(logits: Any, labels: Labels, bias: bool = True) -> Calibration:
     Raises:
         ValueError: fewer than two samples, labels outside the ranks, or of ranks that are masked.
     """
+    if bias not in (True, False):
+        raise TypeError(f"Expected `bias` to be True or False, but got {bias!r}.")
     z, y = read_logits(logits, labels)
     if len(y) < 2:
         raise ValueError(f"Expected at least two samples to calibrate with, but got {len(y)}.")
     if bool((z.gather(1, y[:, None]) == -torch.inf).any()):
         raise ValueError("Expected a finite logit for the label of each sample, but some are -infinity (masked).")
     z, y = z.clamp_min(LOWEST), y.clone()  # no inference tensors, which could not be differentiated
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    offset = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=bias)
+    log_temperature = z.new_zeros((), requires_grad=True)
+    offset = z.new_zeros(z.shape[1], requires_grad=bool(bias))
     optimizer = torch.optim.LBFGS(
         [log_temperature, offset] if bias else [log_temperature], max_iter=200, line_search_fn="strong_wolfe"
     )
@@ -133,6 +150,9 @@ def adapt_prior(
     """
     if not is_number(smoothing) or not 0 <= smoothing < math.inf:
         raise ValueError(f"Expected `smoothing` to be finite and not negative, as 0.02, but got {smoothing}.")
+    if smoothing and prior is not None:
+        raise ValueError("Expected `smoothing` of an estimate, but `prior` is known; leave one of the two out.")
+    warn_of_probabilities(number_tensor(logits, "logits"), stacklevel=3)
     z = number_tensor(logits, "logits", torch.float64).detach().cpu().double()
     if z.dim() < 1 or z.shape[-1] < 2:
         raise ValueError(f"Expected `logits` of shape (..., K), K at least 2, but got {tuple(z.shape)}.")
@@ -142,7 +162,6 @@ def adapt_prior(
         after = _frequencies(prior, "prior", ranks, least=0)
     else:
         z = z.reshape(-1, ranks)
-        warn_of_probabilities(z)
         if not len(z) or not bool(z.isfinite().all()):
             raise ValueError(
                 f"Expected finite `logits` of samples to estimate the prior from, but got {len(z)} samples, or NaN or "
@@ -163,7 +182,12 @@ def _likely_frequencies(logits: Tensor, before: Tensor) -> Tensor:
         last = after
         after = (logits + (last / before).log()).softmax(dim=1).mean(dim=0)
         if float((after - last).abs().max()) < EM_TOLERANCE:
-            break
+            return after
+    warnings.warn(
+        f"The estimate of the prior still changed after {EM_STEPS} steps: the logits hardly tell some ranks apart. "
+        "smoothing=0.02 gives an estimate that they do tell.",
+        stacklevel=3,
+    )
     return after
 
 
@@ -173,8 +197,8 @@ def _frequencies(numbers: RankNumbers, name: str, ranks: int, least: float | Non
     sound = found.isfinite() & ((found > 0) if least is None else (found >= least))
     if found.shape != (ranks,) or not bool(sound.all() & (found.sum() > 0)):
         kind = "above zero" if least is None else "that are not negative, nor all zero"
-        shown = found.flatten()[:MAX_LISTED].tolist()
         raise ValueError(
-            f"Expected `{name}` to be {ranks} frequencies {kind}, but got shape {tuple(found.shape)}: {shown}."
+            f"Expected `{name}` to be {ranks} frequencies {kind}, but got shape {tuple(found.shape)}: "
+            f"{listed(found.flatten().tolist())}."
         )
     return found / found.sum()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import (
     _check_sample_weight,
     check_consistent_length,
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 
 from ordinal_prompt.arrays import is_categorical
 from ordinal_prompt.calibration import adapt_prior
+from ordinal_prompt.class_labels import Array, label_indices, ordered_labels
 from ordinal_prompt.decoding import decode
 from ordinal_prompt.export import linear_layer
 from ordinal_prompt.fitting import fit_head, fit_map
 from ordinal_prompt.head import OrdinalPromptHead
-from ordinal_prompt.labels import rank_indices
 from ordinal_prompt.recipes import recipe
-
-Array = Any  # NumPy's arrays of any type
 
 
 class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # untyped in scikit-learn
@@ -105,30 +103,33 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                 unfit `priors` or `rank_names`, negative weights.
             TypeError: `ranks` that are no list.
         """
-        if self.rule not in ("median", "argmax"):
-            raise ValueError(f"Expected `rule` to be 'median' or 'argmax', but got {self.rule!r}.")
+        for name in [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]:
+            delattr(self, name)  # of an earlier fit: what fails now must not answer with half of both
+        self._check_rule()
+        y = y.iloc[:, 0] if getattr(y, "ndim", 1) == 2 and hasattr(y, "iloc") and y.shape[1] == 1 else y
         ordered = getattr(y, "cat", y).categories if is_categorical(y) and getattr(y, "cat", y).ordered else None
         X, y = validate_data(self, X, y, dtype=np.float64)  # noqa: N806
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
         if weight is not None and not (weight >= 0).all():
             raise ValueError("Expected `sample_weight` that is not negative.")
-        self.classes_ = self._ranks(y, ordered)
-        if self.rank_names is not None and len({*self.rank_names}) != len(self.classes_):
-            raise ValueError(f"Expected `rank_names` of {len(self.classes_)} ranks, but got {self.rank_names}.")
-        indices = self._indices(y)
+        classes = ordered_labels(y, self.ranks, self.rank_names, ordered)
+        if self.rank_names is not None and len({*self.rank_names}) != len(classes):
+            raise ValueError(f"Expected `rank_names` of {len(classes)} ranks, but got {self.rank_names}.")
+        indices = label_indices(y, classes)
         features = torch.tensor(X, device="cpu")  # a copy: memory-mapped arrays cannot be written to
         if weight is not None:
             weight = torch.tensor(weight, device="cpu")
-        progress, offset = _print if self.verbose else None, self._offset(indices, weight)
+        progress, offset = _print if self.verbose else None, self._offset(indices, weight, classes)
         self.head_: OrdinalPromptHead | None = None
         if self.text_encoder is None:
-            fitted = fit_map(features, indices, len(self.classes_), sample_weight=weight, progress=progress)
+            fitted = fit_map(features, indices, len(classes), sample_weight=weight, progress=progress)
             self._layers: nn.Module = linear_layer(fitted.weight, fitted.bias + offset)
         else:
-            self.head_ = fit_head(self._head(X.shape[1]), features.float(), indices, weight, progress).eval()
+            self.head_ = fit_head(self._head(X.shape[1], classes), features.float(), indices, weight, progress).eval()
             bias: Any = self.head_.residual_bias
             bias.data += (offset / self.head_.config.residual).to(bias)
             self._layers = self.head_.export()
+        self.classes_ = classes
         return self
 
     def decision_function(self, X: Any) -> Array:  # noqa: N803
@@ -145,36 +146,44 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def predict(self, X: Any) -> Array:  # noqa: N803
         """Labels (N,)."""
+        self._check_rule()
         indices = decode(self._logits(X), self.rule).numpy()
         return self.classes_[indices]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
         """The negative mean absolute error of `predict`, in ranks; 0 is perfect."""
-        check_is_fitted(self)
+        check_is_fitted(self, "classes_")
         predicted, y = self.predict(X), column_or_1d(y)
         check_consistent_length(predicted, y, sample_weight)
-        truth, found = self._indices(y), self._indices(predicted)
+        truth, found = (label_indices(labels, self.classes_) for labels in (y, predicted))
         return 0.0 - float(np.average((found - truth).abs().numpy(), weights=sample_weight))
 
     def export(self) -> nn.Module:
-        """Plain layers that give the logits (N, K) of features (N, D): neither this package nor a text encoder."""
-        check_is_fitted(self)
-        return self._layers
+        """New plain layers that give logits (N, K) of features (N, D): neither this package nor a text encoder."""
+        check_is_fitted(self, "classes_")
+        return copy.deepcopy(self._layers)
 
     def _logits(self, X: Any) -> Tensor:  # noqa: N803
-        check_is_fitted(self)
+        check_is_fitted(self, "classes_")
         X = validate_data(self, X, dtype=np.float64, reset=False)  # noqa: N806
         dtype = next(self._layers.parameters()).dtype
         with torch.no_grad():
-            logits: Tensor = self._layers(torch.tensor(X, dtype=dtype))
+            logits: Tensor = self._layers(torch.tensor(X, dtype=dtype, device="cpu"))
         return logits.double()
 
-    def _offset(self, indices: Tensor, weight: Tensor | None) -> Tensor:
+    def _check_rule(self) -> None:
+        if self.rule not in ("median", "argmax"):
+            raise ValueError(f"Expected `rule` to be 'median' or 'argmax', but got {self.rule!r}.")
+
+    def _offset(self, indices: Tensor, weight: Tensor | None, classes: Array) -> Tensor:
         """(K,) what `priors` add to the logits; half a sample more of each rank, for those that do not occur."""
-        labels, priors = self.classes_.tolist(), self.priors
+        labels, priors = classes.tolist(), self.priors
         if priors is None:
-            return torch.zeros(len(labels), dtype=torch.float64)
-        priors = priors.to_dict() if hasattr(priors, "to_dict") else priors
+            return torch.zeros(len(labels), dtype=torch.float64, device="cpu")
+        if hasattr(priors, "to_dict"):
+            if len({*priors.index}) < len(priors):
+                raise ValueError(f"Expected `priors` with each label once, but got {[*priors.index]}.")
+            priors = priors.to_dict()
         if isinstance(priors, Mapping):
             if {*priors} != {*labels}:
                 raise ValueError(f"Expected `priors` of the ranks {labels}, but got those of {[*priors]}.")
@@ -182,79 +191,45 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if weight is not None:
             weight = weight * (len(weight) / weight.sum())
         counts = torch.bincount(indices, weight, minlength=len(labels)).double() + 0.5
-        return torch.tensor(adapt_prior(torch.zeros(1, len(labels)), counts, priors).bias, dtype=torch.float64)
-
-    def _ranks(self, y: Array, ordered: Any) -> Array:
-        """(K,) the labels in order, of `ranks`, of ordered categories, or as they sort."""
-        if self.rank_names is not None and not _is_list(self.rank_names):
-            raise TypeError(f"Expected `rank_names` to list the names, lowest rank first, but got {self.rank_names!r}.")
-        ranks = getattr(self.ranks, "categories", self.ranks)  # of a CategoricalDtype
-        if ranks is None and ordered is not None:
-            ranks = ordered
-        if ranks is None and self.rank_names is not None:
-            ranks = range(len(self.rank_names))
-        if ranks is None:
-            y = np.asarray(y.tolist()) if y.dtype == object else y
-            if y.dtype.kind not in "biuf":
-                shown = sorted({*map(str, y)})[:10]
-                raise ValueError(f"Expected `ranks`, the labels in order, for labels that are words: {shown}.")
-            try:
-                check_classification_targets(y)
-            except ValueError as error:
-                raise ValueError(f"{error} If labels are ordered, pass `ranks`: all of them, lowest first.") from None
-            ranks = np.unique(y)
-        elif not _is_list(ranks):
-            raise TypeError(f"Expected `ranks` to list the labels, lowest first, but got {ranks!r}.")
-        ranks = np.asarray(ranks)
-        if len(ranks) < 2:
-            raise ValueError(f"Classifier can't train when only one class is present: {ranks.tolist()}.")
-        if len(np.unique(ranks)) < len(ranks):
-            raise ValueError(f"Expected `ranks` to name each label once, but got {ranks.tolist()}.")
-        return ranks
-
-    def _indices(self, y: Array) -> Tensor:
-        if self.classes_.dtype.kind == "U" and np.asarray(y).dtype.kind in "biuf":
-            raise ValueError(
-                f"Expected labels among the names {self.classes_.tolist()}, but got the numbers {np.unique(y)[:10]}; "
-                "where scikit-learn encodes labels, give indices (op.rank_indices), and `rank_names`, not `ranks`."
-            )
-        try:
-            return rank_indices(y, self.classes_.tolist())
-        except ValueError as error:  # which speaks of an option of rank_indices
-            message = str(error).split(", or pass nearest=True")[0].rstrip(".")
-            raise ValueError(f"{message}. The ranks are {self.classes_.tolist()}.") from None
+        return counts.new_tensor(adapt_prior(counts.new_zeros(1, len(labels)), counts, priors).bias)
 
     def _warn_scorers(self) -> None:
-        """Warns where a scorer of scikit-learn will take columns in rank order for those of sorted labels."""
-        frame = sys._getframe(1)
+        """Warns where scikit-learn will take columns in rank order for those of sorted labels."""
+        frame: Any = sys._getframe(1)
         if (self.classes_[:-1] < self.classes_[1:]).all():
             return
-        while frame.f_back is not None and frame.f_globals.get("__name__") != "sklearn.metrics._scorer":
+        while frame is not None and not _takes_sorted_columns(frame):
             frame = frame.f_back
-        if frame.f_back is not None:
+        if frame is not None:
             warnings.warn(
-                "scikit-learn's scorers of probabilities take their columns for those of sorted labels, but here they "
-                "are in the order of the ranks; fit on indices (op.rank_indices), `rank_names` in place of `ranks`.",
+                "Here scikit-learn takes the columns of probabilities for those of sorted labels, but they are in the "
+                "order of the ranks; fit on indices (op.rank_indices), with `rank_names` in place of `ranks`.",
                 stacklevel=3,
             )
 
-    def _head(self, width: int) -> OrdinalPromptHead:
+    def _head(self, width: int, classes: Array) -> OrdinalPromptHead:
         model, tokenizer = self.text_encoder, self.tokenizer
         if isinstance(model, str):
             from ordinal_prompt.text.hub import load_open_clip
 
             model, loaded = load_open_clip(model, self.pretrained)
             tokenizer = tokenizer or loaded
-        numbers = self.classes_.dtype.kind in "biuf"
-        labels = [f"{rank:g}" if numbers else str(rank) for rank in self.classes_.tolist()]
+        numbers = classes.dtype.kind in "iuf"
+        labels = [str(rank).removesuffix(".0") for rank in classes.tolist()]
         names = labels if self.rank_names is None else [*self.rank_names]
         options: dict[str, Any] = {"tokenizer": tokenizer, "context": self.context, **recipe(names, prompts="fitted")}
         if numbers:
-            options["rank_values"] = self.classes_.astype(np.float64)
+            options["rank_values"] = classes.astype(np.float64)
         head = OrdinalPromptHead(model, names, **options)
         if self.in_space if self.in_space is not None else head.embed_dim == width:
             return head
         return OrdinalPromptHead(model, names, in_features=width, normalize=False, **options)
+
+    def __sklearn_clone__(self) -> OrdinalPromptClassifier:
+        """A clone has the same text encoder and tokenizer, which a fit does not change, not copies of them."""
+        options = self.get_params(deep=False)
+        shared = {name: options.pop(name) for name in ("text_encoder", "tokenizer")}
+        return type(self)(**shared, **{name: clone(value, safe=False) for name, value in options.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the text encoder once, as it was given: their `head_` has its prototypes alone."""
@@ -268,9 +243,11 @@ class OrdinalPromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return tags
 
 
-def _is_list(items: Any) -> bool:
-    """Whether items have an order."""
-    return hasattr(items, "__len__") and not isinstance(items, (str, Set, Mapping))
+def _takes_sorted_columns(frame: Any) -> bool:
+    """Whether this is code of scikit-learn that does not look at `classes_`."""
+    name, caller = frame.f_globals.get("__name__"), frame.f_locals.get("self")
+    temperature = name == "sklearn.calibration" and getattr(caller, "method", None) == "temperature"
+    return temperature or name in ("sklearn.metrics._scorer", "sklearn.ensemble._voting")
 
 
 def _print(step: int, loss: float) -> None:

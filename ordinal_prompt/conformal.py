@@ -1,7 +1,8 @@
 """Sets of neighbouring ranks that hold the true one with a guaranteed probability (split conformal prediction).
 
 The guarantee is that of Vovk et al. (2005): over calibration and test samples drawn alike, the set holds the true rank
-with at least the asked probability, whatever the model.  Both scores are convex in the rank, so that sets have no gaps.
+with at least the asked probability, whatever the model.  Both scores fall and then rise along the ranks, so that sets
+have no gaps.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, RankNumbers, is_number, label_tensor, number_tensor, rank_tensor
-from ordinal_prompt.samples import mean_by_rank, read_labels, read_logits, warn_of_probabilities
+from ordinal_prompt.arrays import (
+    Labels,
+    RankNumbers,
+    is_number,
+    listed,
+    number_tensor,
+    rank_tensor,
+    warn_of_probabilities,
+)
+from ordinal_prompt.samples import read_logits
 
 SCORES = ("cdf", "rps")
 TIE = 1e-6  # scores that are this close count as equal: float32 and other devices round them differently
-MAX_LISTED = 10
 
 
 class ConformalRanks:
@@ -78,17 +86,19 @@ class ConformalRanks:
         """
         z, y = read_logits(logits, labels)
         ranks = z.shape[1]
-        weight = torch.ones(ranks).double() if shift is None else rank_tensor(shift, "shift").detach().cpu().double()
+        weight = z.new_ones(ranks) if shift is None else rank_tensor(shift, "shift").detach().cpu().double()
         if weight.shape != (ranks,) or not bool((weight.isfinite() & (weight >= 0)).all() & (weight[y] > 0).any()):
             raise ValueError(
                 f"Expected `shift` to be {ranks} ratios that are not negative, nor all zero, but got shape "
-                f"{tuple(weight.shape)}: {weight.flatten()[:MAX_LISTED].tolist()}."
+                f"{tuple(weight.shape)}: {listed(weight.flatten().tolist())}."
             )
+        # The thresholds of a rank by itself know no shift; else only ratios count, and large ones would overflow.
+        weight = torch.ones_like(weight) if self.by_rank else weight / weight.max()
         scores = rank_scores(z, self.score).gather(1, y[:, None])[:, 0]
         named = [None] * len(y) if groups is None else _group_list(groups, len(y))
         index = {group: place for place, group in enumerate(dict.fromkeys(named))}
-        of_group = torch.tensor([index[group] for group in named])
-        thresholds = torch.empty(len(index), ranks, dtype=torch.float64)
+        of_group = torch.tensor([index[group] for group in named], device="cpu")
+        thresholds = z.new_empty(len(index), ranks)
         for place in range(len(index)):
             for part in range(ranks) if self.by_rank else [slice(None)]:
                 own = of_group == place if isinstance(part, slice) else (of_group == place) & (y == part)
@@ -97,8 +107,8 @@ class ConformalRanks:
         self.groups = None if groups is None else tuple(index)
         short = thresholds.isinf().any(dim=1).tolist()
         if any(short):
-            few = [repr(group) for group, place in index.items() if short[place] and groups is not None]
-            where = f"in the groups {_listed(few)} " * bool(few) + "for some ranks " * self.by_rank
+            few = [group for group, place in index.items() if short[place] and groups is not None]
+            where = f"in the groups {listed(few)} " * bool(few) + "for some ranks " * self.by_rank
             warnings.warn(
                 f"{len(y)} calibration samples are {where}too few for a coverage of {self.coverage:g}: sets hold those "
                 f"ranks always. At least {math.ceil(self.coverage / (1 - self.coverage) - 1e-9)} are needed"
@@ -121,19 +131,19 @@ class ConformalRanks:
         thresholds, logits = self._fitted(), number_tensor(logits, "logits", torch.float64)
         if logits.dim() == 0 or logits.shape[-1] != thresholds.shape[-1]:
             raise ValueError(f"Expected logits of {thresholds.shape[-1]} ranks, but got {tuple(logits.shape)}.")
-        warn_of_probabilities(logits)
+        warn_of_probabilities(logits, stacklevel=3)
         scores = rank_scores(logits.double(), self.score)
         if (groups is None) != (self.groups is None):
-            told = f"one of {_listed(map(repr, self.groups))} for each sample" if self.groups else "none"
+            told = f"one of {listed(self.groups)} for each sample" if self.groups else "none"
             raise ValueError(f"Expected `groups` as in fit, {told}, but got {'none' if groups is None else 'some'}.")
         if self.groups is not None:
             places = {group: place for place, group in enumerate(self.groups)}
             named = _group_list(groups, logits.shape[:-1].numel())
-            unknown = {repr(group): None for group in named if group not in places}
+            unknown = dict.fromkeys(group for group in named if group not in places)
             if unknown:
                 raise ValueError(
-                    f"Expected `groups` among those of the calibration samples, {_listed(map(repr, places))}, but got "
-                    f"{_listed(unknown)}; calibrate with samples of those, too."
+                    f"Expected `groups` among those of the calibration samples, {listed(places)}, but got "
+                    f"{listed(unknown)}; calibrate with samples of those, too."
                 )
             thresholds = thresholds[[places[group] for group in named]].reshape(scores.shape)
         inside = ~(scores > thresholds.to(scores.device))
@@ -177,9 +187,13 @@ class ConformalRanks:
             rows = [
                 [math.inf if value is None else value for value in row] for row in (numbers if groups else [numbers])
             ]
-            thresholds = torch.tensor(rows, dtype=torch.float64)
+            thresholds = torch.tensor(rows, dtype=torch.float64, device="cpu")
             if thresholds.dim() != 2 or len(thresholds) != len(groups or [None]):
                 raise ValueError(f"{len(groups or [None])} rows of thresholds are needed")
+            if groups is not None and (not isinstance(groups, list) or len({*groups}) < len(groups)):
+                raise ValueError(f"groups are to be a list, none twice: {groups}")
+            if any(isinstance(value, bool) for row in rows for value in row) or bool(thresholds.isnan().any()):
+                raise ValueError("thresholds are to be numbers, or null")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected what ConformalRanks.to_json wrote, but got something else: {error!r}."
@@ -195,64 +209,13 @@ class ConformalRanks:
 
 
 def rank_scores(logits: Tensor, score: str) -> Tensor:
-    """(..., K) how strange each rank would be, by logits (..., K); convex along the ranks."""
+    """(..., K) how strange each rank would be, by logits (..., K); it falls and then rises along the ranks."""
     probabilities = torch.softmax(logits, dim=-1)
     cumulated = probabilities.cumsum(dim=-1)
     if score == "cdf":
         return (cumulated - probabilities / 2 - 0.5).abs()
     below, above = cumulated.square(), (1 - cumulated).square()  # what a threshold adds to ranks above it, and up to it
     return below.cumsum(dim=-1) - below + above.flip(-1).cumsum(dim=-1).flip(-1)
-
-
-def coverage(first: Any, last: Any, labels: Labels) -> float:
-    """Share of samples whose set of ranks, from `first` to `last` (...), holds the true rank.
-
-    >>> coverage([0, 1, 2], [1, 1, 4], [1, 2, 2])
-    0.6666666666666666
-    """
-    return float(_inside(first, last, labels)[0].mean())
-
-
-def coverage_by_rank(first: Any, last: Any, labels: Labels, num_ranks: int | None = None) -> Tensor:
-    """`coverage` over the samples of each true rank, (K,) float64; NaN where a rank does not occur.
-
-    >>> coverage_by_rank([0, 1, 2], [1, 1, 4], [1, 2, 2])
-    tensor([   nan, 1.0000, 0.5000], dtype=torch.float64)
-    """
-    inside, ranks = _inside(first, last, labels, num_ranks)
-    return mean_by_rank(inside, ranks, int(ranks.max()) + 1 if num_ranks is None else num_ranks)
-
-
-def mean_width(first: Any, last: Any) -> float:
-    """Mean number of ranks in sets from `first` to `last` (...).
-
-    >>> mean_width([0, 1, 2], [1, 1, 4])
-    2.0
-    """
-    low, high = _bounds(first, last)
-    return float((high - low + 1).double().mean())
-
-
-def _inside(first: Any, last: Any, labels: Labels, num_ranks: int | None = None) -> tuple[Tensor, Tensor]:
-    """Whether each set holds the true rank (N,), and that rank (N,)."""
-    low, high = _bounds(first, last, labels)
-    ranks = read_labels(labels, num_ranks)
-    return ((low <= ranks) & (ranks <= high)).double(), ranks
-
-
-def _bounds(first: Any, last: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
-    shapes = [tuple(label_tensor(part).shape) for part in (first, last, labels) if part is not None]
-    if len({*shapes}) > 1:
-        raise ValueError(
-            "Expected `first` and `last` of each set, and the labels, to have one shape, but got "
-            f"{' and '.join(map(str, shapes))}."
-        )
-    low, high = read_labels(first, argument="first"), read_labels(last, argument="last")
-    if bool((low > high).any()):
-        raise ValueError(
-            "Expected the first and the last rank of each set, none empty, but some end before they start."
-        )
-    return low, high
 
 
 def _quantiles(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) -> Tensor:
@@ -265,7 +228,7 @@ def _quantiles(scores: Tensor, weights: Tensor, own: Tensor, coverage: float) ->
     ordered, order = scores.sort()
     needed = coverage * (weights.sum() + own) * (1 - 1e-12)
     place = torch.searchsorted(weights[order].cumsum(dim=0), needed)
-    return torch.cat([ordered + TIE, torch.tensor([math.inf], dtype=torch.float64)])[place]
+    return torch.cat([ordered + TIE, ordered.new_tensor([math.inf])])[place]
 
 
 def _group_list(groups: Any, number: int) -> list[Hashable]:
@@ -286,8 +249,3 @@ def _group_list(groups: Any, number: int) -> list[Hashable]:
         kinds = sorted({type(group).__name__ for group in named})
         raise TypeError(f"Expected `groups` to be names or integers, but got {', '.join(kinds)}.")
     return named
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = [*names]
-    return ", ".join(shown[:MAX_LISTED]) + ", …" * (len(shown) > MAX_LISTED)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import RankNumbers, rank_tensor
+from ordinal_prompt.arrays import RankNumbers, rank_tensor, warn_of_probabilities, widest_float
+from ordinal_prompt.cache import traced
 
 RULES = ("expectation", "argmax", "median")
 
@@ -40,9 +41,13 @@ def decode(logits: Tensor, rule: str = "expectation", values: RankNumbers | None
         raise TypeError(f"Expected `logits` to be a floating point tensor, but got {_kind(logits)}.")
     if logits.dim() == 0 or logits.shape[-1] < 1:
         raise ValueError(f"Expected `logits` of shape (..., K), but got shape {tuple(logits.shape)}.")
+    if logits.device.type == "cpu":  # elsewhere it would wait for the device
+        warn_of_probabilities(logits, stacklevel=3)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if values is not None:
-        values = rank_tensor(values, "values").to(dtype).to(logits.device)
+        values = rank_tensor(values, "values")
+        dtype = torch.promote_types(dtype, _precision(values))
+        values = values.to(dtype).to(logits.device)
         if values.shape != logits.shape[-1:]:
             raise ValueError(
                 f"Expected one value for each of the {logits.shape[-1]} ranks, but got values of shape "
@@ -64,15 +69,30 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"Expected `rule` to be one of {RULES}, but got {rule!r}.")
 
 
+def _precision(values: Tensor) -> torch.dtype:
+    """float32, or float64 where the values of ranks are too close to each other for it (dates as numbers, say)."""
+    if (
+        values.dtype not in (torch.float64, torch.int64)
+        or traced()
+        or values.is_meta
+        or values.dim() != 1
+        or len(values) < 2
+    ):
+        return torch.float32
+    rounding = (values.float().double() - values).abs().max()
+    return torch.float64 if bool(rounding > 1e-3 * values.double().diff().abs().min()) else torch.float32
+
+
 def _median(logits: Tensor) -> Tensor:
     """How many ranks have less probability up to them than above them.
 
     Both sides are summed from their ends, in float64 and without dividing by the total, whatever the precision of the
     logits.  Sides that differ by no more than the rounding of such sums are equal.
     """
-    weights = (logits.double() - logits.double().amax(dim=-1, keepdim=True)).exp()
+    wide = logits.to(widest_float(logits.device))
+    weights = (wide - wide.amax(dim=-1, keepdim=True)).exp()
     up_to, from_here = weights.cumsum(dim=-1), weights.flip(-1).cumsum(dim=-1).flip(-1)
-    rounding = 1 + logits.shape[-1] * torch.finfo(torch.float64).eps
+    rounding = 1 + logits.shape[-1] * torch.finfo(wide.dtype).eps
     return (up_to[..., :-1] * rounding < from_here[..., 1:]).sum(dim=-1)
 
 

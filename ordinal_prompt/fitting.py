@@ -22,47 +22,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import Labels, RankNumbers, label_tensor, number_tensor, rank_tensor
+from ordinal_prompt.arrays import (
+    Labels,
+    RankNumbers,
+    is_categorical,
+    is_number,
+    label_tensor,
+    number_tensor,
+    rank_tensor,
+)
 from ordinal_prompt.frequencies import usual_bias
-from ordinal_prompt.head import LOGIT_SPREAD, OrdinalPromptHead
+from ordinal_prompt.head import OrdinalPromptHead
 from ordinal_prompt.matching import check_features, log_scale_of_spread
+from ordinal_prompt.prior import AROUND_PROTOTYPES, AROUND_ZERO, SCALE_SD, Prior
 
 FOREIGN_SCALE = 20.0  # of deviations from zero, on features of unit norm
-SCALE_SD = 0.25  # of the log of the scale
 EXACT = 2e8  # products in one pass over the data, up to which float64 costs little
 FLATTEST = 0.1  # of the largest singular value of the prototypes
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Weights of the penalties, in nats over the whole training set.
-
-    Attributes:
-        size: of the squared deviations of the weights, in units of the scale.
-        tie: of the squared differences between neighbouring ranks, times (K-1)², so that it means the same for any K.
-    """
-
-    size: float
-    tie: float
-
-    def penalty(self, deviation: Tensor, bias: Tensor, log_ratio: Tensor | float) -> Tensor:
-        """Of a deviation (K, D) in units of the scale, a bias (K,) and the log of the scale over the usual ones."""
-        tie = self.tie * (len(deviation) - 1) ** 2
-        of_weights = self.size * deviation.square().sum() + tie * deviation.diff(dim=0).square().sum()
-        total: Tensor = of_weights + bias.square().sum() + torch.as_tensor(log_ratio) ** 2 / (2 * SCALE_SD**2)
-        return total
-
-    def factor(self, num_ranks: int) -> Tensor:
-        """(K, K) L with L Lᵀ the covariance between ranks: of L u, with u of unit variance, the penalty is ‖u‖²."""
-        steps = torch.eye(num_ranks, dtype=torch.float64).diff(dim=0)
-        precision = self.size * torch.eye(num_ranks, dtype=torch.float64)
-        precision += self.tie * (num_ranks - 1) ** 2 * steps.T @ steps
-        lower: Tensor = torch.linalg.cholesky(torch.linalg.inv(precision))
-        return lower
-
-
-AROUND_PROTOTYPES = Prior(size=10.0, tie=10.0)
-AROUND_ZERO = Prior(size=1.0, tie=1.0)
 
 
 @torch.inference_mode(False)
@@ -111,7 +87,7 @@ def fit_head(
     if head.projection is None:
         x = F.normalize(x, dim=1) if head.normalize else x
         fitted = fit_map(x, y, prototypes, sample_weight=weight, progress=progress)
-        _set(head.logit_scale, torch.tensor(fitted.log_scale, dtype=torch.float64))
+        _set(head.logit_scale, prototypes.new_tensor(fitted.log_scale))
         scale = math.exp(float(head.logit_scale.detach()))  # as it is stored
         _set(head.residual, (fitted.weight - scale * prototypes) / head.config.residual)
         if head.alignment is not None:
@@ -124,7 +100,7 @@ def fit_head(
         values = values.clamp_min(FLATTEST * float(values.max()))
         _set(head.residual, (left * values @ right - scaled) / head.config.residual)
         _set(head.projection.weight, right.T @ ((left / values).T @ fitted.weight))
-        _set(head.projection.bias, torch.zeros(head.embed_dim))
+        _set(head.projection.bias, prototypes.new_zeros(head.embed_dim))
     _set(head.residual_bias, fitted.bias / head.config.residual)
     return head
 
@@ -132,7 +108,8 @@ def fit_head(
 def regularization(head: OrdinalPromptHead, num_samples: int, counts: RankNumbers | None = None) -> Tensor:
     """() the penalty of `fit_head` for a training loop: `head.loss()(logits, labels) + op.regularization(head, N)`.
 
-    For a head in the text encoder's space (without `in_features`), full batches have the fit as their optimum.
+    For a head in the text encoder's space (without `in_features`), full batches have the fit as their optimum.  Where
+    prompts learn, call it inside `head.reuse_prototypes()`, which spares it a text pass of its own.
 
     Args:
         head: with a residual.
@@ -145,21 +122,21 @@ def regularization(head: OrdinalPromptHead, num_samples: int, counts: RankNumber
     """
     if not isinstance(head, OrdinalPromptHead):
         raise TypeError(f"Expected `head` to be an OrdinalPromptHead, but got {type(head).__name__}.")
-    if num_samples < 1:
+    if not is_number(num_samples) or not num_samples >= 1:
         raise ValueError(f"Expected `num_samples` to be that of the training set, at least 1, but got {num_samples}.")
     if head.residual is None or head.residual_bias is None or head.projection is not None:
         raise ValueError(
             "Expected a head with a residual and without in_features; penalise others by weight decay, or start them "
             "with op.fit_head."
         )
-    usual = log_scale_of_spread(head.prototypes().detach(), LOGIT_SPREAD)
+    usual = log_scale_of_spread(head.prototypes().detach())
     deviation = head.config.residual * head.residual / usual.exp()
     bias = head.config.residual * head.residual_bias
     if counts is not None:
         found = rank_tensor(counts, "counts").double()
         if found.shape != bias.shape or not bool((found.isfinite() & (found >= 0)).all() & found.any()):
             raise ValueError(f"Expected `counts` of {len(bias)} ranks, none negative, not all zero.")
-        bias = bias - torch.tensor(usual_bias(tuple(found.tolist()))).to(bias)
+        bias = bias - torch.tensor(usual_bias(tuple(found.tolist())), device="cpu").to(bias)
     return AROUND_PROTOTYPES.penalty(deviation, bias, head.logit_scale[0] - usual) / num_samples
 
 
@@ -173,6 +150,7 @@ class FittedMap:
 
 
 @torch.inference_mode(False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # untyped in torch
 def fit_map(
     features: Tensor,
     labels: Tensor,
@@ -198,7 +176,7 @@ def fit_map(
     x, labels = features.to(dtype), labels.clone()  # no inference tensors, which could not be differentiated
     share = x.new_ones(len(x)) if sample_weight is None else sample_weight.to(dtype)
     total = float(share.sum())
-    usual = torch.tensor(usual_bias(tuple(torch.bincount(labels, share, num_ranks).tolist()))).to(x)
+    usual = x.new_tensor(usual_bias(tuple(torch.bincount(labels, share, num_ranks).tolist())))
     share = share / total
     mean, norm = torch.zeros_like(x[0]), 1.0
     if not known:
@@ -207,7 +185,7 @@ def fit_map(
     x = (x - mean) / norm
     log_scale, offset = math.log(FOREIGN_SCALE), None
     if isinstance(prototypes, Tensor):
-        log_scale = float(log_scale_of_spread(prototypes, LOGIT_SPREAD))
+        log_scale = float(log_scale_of_spread(prototypes))
         offset = math.exp(log_scale) * x @ prototypes.to(dtype).T
     # The deviation lies in the span of the features: with fewer samples than features, fewer values are looked for.
     basis = torch.linalg.qr(x.T)[0] if len(x) < x.shape[1] else None
@@ -269,7 +247,11 @@ def _checked(
     check_features(x, head.in_features, head.projection is not None)
     if x.dim() != 2 or not bool(x.isfinite().all()):
         raise ValueError(f"Expected finite `features` of shape (N, {head.in_features}), but got {tuple(x.shape)}.")
-    y = label_tensor(labels).cpu()
+    told = head.config.rank_names is not None or head.config.values != tuple(range(head.num_ranks))
+    by_name = told and is_categorical(
+        labels
+    )  # codes are those of the categories, which may be fewer, or in other order
+    y = (head.rank_indices(labels) if by_name else label_tensor(labels, num_ranks=head.num_ranks)).cpu()
     if y.shape != x.shape[:1] or not len(y):
         raise ValueError(f"Expected one label for each of {len(x)} samples, but got labels of shape {tuple(y.shape)}.")
     if int(y.min()) < 0 or int(y.max()) >= head.num_ranks:
@@ -279,7 +261,7 @@ def _checked(
         )
     if sample_weight is None:
         return x.double(), y, None
-    weight = number_tensor(sample_weight, "sample_weight").cpu().double()
+    weight = number_tensor(sample_weight, "sample_weight").detach().cpu().double()
     if weight.shape != y.shape or not bool((weight.isfinite() & (weight >= 0)).all()) or not float(weight.sum()):
         raise ValueError("Expected one finite `sample_weight` for each sample, none negative, not all zero.")
     return x.double(), y, weight

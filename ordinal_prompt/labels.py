@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import RankNumbers, label_tensor, number_tensor, rank_tensor, widest_float
+from ordinal_prompt.arrays import RankNumbers, label_tensor, listed, number_tensor, rank_tensor, widest_float
 from ordinal_prompt.cache import traced
 
-MAX_LISTED = 10
 SOFT_LABELS = ("beta", "binomial", "exponential", "poisson", "triangular")
 
 
@@ -23,7 +22,7 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
         values: numbers or names of any shape, as a tensor, an array, a pandas Series or a list.
         rank_values: the K values of the ranks, increasing, or their K names.
         nearest: take the rank whose value is nearest, of two equally near the lower; by default values must be those of
-            ranks, up to the rounding of float32.
+            ranks, up to a few roundings of float32, or of a tensor's own precision where that is lower.
 
     Returns:
         int64 indices of the same shape; on the device of `values`, where that is a tensor.
@@ -42,20 +41,25 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
     if all_strings(rank_values):
         return _indices_of_names(values, [*rank_values])
     given = number_tensor(values, "values", torch.float64)
-    rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0  # of half precision, say
+    rounding = max(torch.finfo(torch.float32).eps, torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0)
     wide = widest_float(given.device)
     given, known = given.to(wide), rank_tensor(rank_values, "rank_values").to(wide).to(given.device)
     unseen = traced()
-    if known.dim() != 1 or len(known) < 2 or not (unseen or bool((known.diff() > 0).all())):
+    if known.dim() != 1 or len(known) < 2 or not (unseen or bool((known.diff() > 0).all() & known.isfinite().all())):
         raise ValueError(
-            f"Expected increasing `rank_values`, at least two, one for each rank, but got {_listed(known.tolist())}."
+            "Expected increasing `rank_values`, finite and at least two, one for each rank, but got "
+            f"{listed(known.flatten().tolist())}."
         )
     indices = torch.bucketize(given, (known[1:] + known[:-1]) / 2)
     misses = ~given.isfinite()
     if not nearest:
-        least = torch.minimum(known.diff().min() / 4, known.abs().max() * max(1e-6, rounding))
-        misses |= (given - known[indices]).abs() > least
-    if not unseen and bool(misses.any()):
+        gaps = known.diff()
+        gap = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))[indices]
+        size = torch.maximum(torch.maximum(given.abs(), known[indices].abs()), gap)
+        misses |= (given - known[indices]).abs() > torch.minimum(gap / 4, 4 * rounding * size)
+    if unseen:
+        return torch.where(misses, len(known), indices)  # no rank, which raises where it is looked up
+    if bool(misses.any()):
         missing = int(given.isnan().sum())
         if missing:
             raise ValueError(
@@ -64,7 +68,7 @@ def rank_indices(values: Any, rank_values: RankNumbers | Sequence[str], nearest:
             )
         raise ValueError(
             f"Expected values of ranks, {known[0]:.10g} to {known[-1]:.10g}, but got "
-            f"{_listed(given[misses].unique().tolist())} ({int(misses.sum())} of {given.numel()} labels fit no rank); "
+            f"{listed(given[misses].unique().tolist())} ({int(misses.sum())} of {given.numel()} labels fit no rank); "
             f"drop or mend them{'' if nearest else ', or pass nearest=True for the nearest rank'}."
         )
     return indices
@@ -94,14 +98,18 @@ def soft_labels(indices: Any, num_ranks: int, kind: str = "triangular", **option
         from dlordinal import soft_labelling
     except ImportError as error:
         raise ImportError("Soft labels need dlordinal; pip install 'ordinal_prompt[labels]'.") from error
-    chosen = label_tensor(indices, "indices")
+    chosen = label_tensor(indices, "indices", int(num_ranks))
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < num_ranks:
-        raise ValueError(f"Expected rank indices in 0…{num_ranks - 1}, but got {_listed(chosen.unique().tolist())}.")
+        raise ValueError(f"Expected rank indices in 0…{num_ranks - 1}, but got {listed(chosen.unique().tolist())}.")
     try:
-        table = torch.as_tensor(getattr(soft_labelling, f"get_{kind}_soft_labels")(num_ranks, **options))
+        made = getattr(soft_labelling, f"get_{kind}_soft_labels")(int(num_ranks), **options)
+        table = torch.as_tensor(made, device="cpu")
     except ValueError as error:  # beta: parameters are tabulated for 3 to 14 ranks
-        raise ValueError(f"dlordinal has no {kind} soft labels for {num_ranks} ranks; choose another.") from error
-    astray = int((table.argmax(dim=1) != torch.arange(num_ranks)).sum())
+        told = f"dlordinal has no {kind} soft labels for {num_ranks} ranks{f' and {options}' if options else ''}"
+        raise ValueError(f"{told}; choose another kind, or other options ({error}).") from error
+    if not bool(((table >= 0).all(dim=1) & ((table.sum(dim=1) - 1).abs() < 1e-3)).all()):
+        raise ValueError(f"Expected options of {kind} soft labels that give distributions, but got {options}.")
+    astray = int((table.argmax(dim=1) != torch.arange(num_ranks, device=table.device)).sum())
     if astray:
         warnings.warn(
             f"Of {num_ranks} ranks, {kind} soft labels give {astray} less than another rank; choose another kind.",
@@ -124,7 +132,7 @@ def any_string(values: Any) -> bool:
 
 def _indices_of_names(values: Any, names: Sequence[str]) -> Tensor:
     if len(names) < 2 or len({*names}) < len(names):
-        raise ValueError(f"Expected names of ranks, at least two and none twice, but got {_listed(names)}.")
+        raise ValueError(f"Expected names of ranks, at least two and none twice, but got {listed(names)}.")
     plain, index = _plain(values), {name: rank for rank, name in enumerate(names)}
     if isinstance(plain, str) or not isinstance(plain, Sequence):
         raise TypeError(f"Expected `values` to be a list or an array of names, but got {plain!r}.")
@@ -140,15 +148,10 @@ def _indices_of_names(values: Any, names: Sequence[str]) -> Tensor:
 
     found = look_up(plain)
     if unknown:
-        raise ValueError(f"Expected names of ranks, {_listed(names)}, but got {_listed(unknown)}.")
-    return torch.tensor(found, dtype=torch.long)
+        raise ValueError(f"Expected names of ranks, {listed(names)}, but got {listed(unknown)}.")
+    return torch.tensor(found, dtype=torch.long, device="cpu")
 
 
 def _plain(values: Any) -> Any:
     values = values.to_numpy() if hasattr(values, "to_numpy") else values
     return values.tolist() if hasattr(values, "tolist") else [*values] if isinstance(values, (tuple, range)) else values
-
-
-def _listed(items: Iterable[Any]) -> str:
-    shown = [f"{item:.10g}" if isinstance(item, float) else repr(item) for item in items]
-    return ", ".join(shown[:MAX_LISTED]) + (", …" if len(shown) > MAX_LISTED else "")

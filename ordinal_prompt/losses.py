@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ordinal_prompt.arrays import RankNumbers, is_number, rank_tensor
+from ordinal_prompt.arrays import RankNumbers, is_number, rank_tensor, warn_of_probabilities
 from ordinal_prompt.distributed import gather_batch
 from ordinal_prompt.labels import rank_indices
-from ordinal_prompt.samples import warn_of_probabilities
 from ordinal_prompt.targets import are_ranges, read_batch
 
+NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch leaves out samples of -100, which is a mistake here
 TARGET_LOGIT = 10.0  # the published code's sharpness of the target over the batch
 
 
@@ -42,12 +42,12 @@ def cross_entropy_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if rank_weights is None else rank_weights.to(logits)
     if labels.dim() == 1 and sample_weight is None and weights is None:
-        return F.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, labels.long(), ignore_index=NO_LABEL, label_smoothing=label_smoothing)
     log_probs, shares = F.log_softmax(logits, dim=1), rank_shares(labels, logits)
     weights = torch.ones_like(logits[0]) if weights is None else weights
-    of_sample = shares @ weights
+    of_sample = (shares * weights).sum(dim=1)  # no product of matrices, which autocast would make half precise
     if labels.dim() == 1:
-        loss = F.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
+        loss = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=NO_LABEL, reduction="none")
     elif are_ranges(labels):
         loss = -log_probs.masked_fill(shares == 0, -torch.inf).logsumexp(dim=1) * of_sample
     else:
@@ -76,7 +76,7 @@ def emd_loss(
         ranks = torch.arange(logits.shape[1], device=labels.device)
         most, least = ((ranks >= labels[:, place, None]).to(logits.dtype) for place in (0, 1))
     loss = (F.relu(predicted - most) + F.relu(least - predicted)).square().sum(dim=1)
-    of_sample = torch.ones_like(loss) if rank_weights is None else shares @ rank_weights.to(logits)
+    of_sample = torch.ones_like(loss) if rank_weights is None else (shares * rank_weights.to(logits)).sum(dim=1)
     return _mean(loss * of_sample, of_sample, sample_weight)
 
 
@@ -106,15 +106,15 @@ def kl_loss(
         sample_weight: (B,) weights of the samples in both softmaxes; 0 leaves one out.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits.masked_fill((logits == -torch.inf).all(dim=0), 0)  # ranks that are masked, and absent
     target, prediction = TARGET_LOGIT * (shares := rank_shares(labels, logits)), logits
+    left_out = logits == -torch.inf  # ranks that are masked
     if sample_weight is not None:
-        left_out = sample_weight[:, None] <= 0
+        left_out = left_out | (sample_weight[:, None] <= 0)
         weight = sample_weight.to(logits)[:, None].clamp_min(torch.finfo(logits.dtype).tiny).log()
-        lowest = torch.finfo(logits.dtype).min / 4
-        target, prediction = ((part + weight).masked_fill(left_out, lowest) for part in (target, prediction))
-        shares = shares.masked_fill(left_out, 0)
-    target, prediction = F.log_softmax(target, dim=0), F.log_softmax(prediction, dim=0)
+        target, prediction = target + weight, prediction + weight
+    lowest = torch.finfo(logits.dtype).min / 4
+    target, prediction = (F.log_softmax(part.masked_fill(left_out, lowest), dim=0) for part in (target, prediction))
+    shares = shares.masked_fill(left_out, 0)
     divergence = (target.exp() * (target - prediction)).sum(dim=0)
     present = shares.amax(dim=0)
     if rank_weights is not None:
@@ -237,7 +237,12 @@ class OrdinalPromptLoss(nn.CrossEntropyLoss):
             loss = loss + self.emd_weight * emd_loss(logits, labels, self.rank_weights, sample_weight)
         if num_items_in_batch is None:
             return loss
-        return loss * (given != -100).sum() / num_items_in_batch  # as `Trainer` counts, whatever the labels are
+        if self.ignore_index not in (None, -100):
+            raise ValueError(
+                f"`Trainer` counts labels that are not -100: pass ignore_index=-100, not {self.ignore_index}."
+            )
+        # As `Trainer` counts, whatever the labels are; none where all are missing.
+        return loss * (given != -100).sum() / torch.as_tensor(num_items_in_batch).clamp_min(1)
 
     def terms(self, logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> dict[str, Tensor]:
         """The terms, before their weights: `{"ce": scalar, "kl": scalar}`, and "emd" where it has weight."""

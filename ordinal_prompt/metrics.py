@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ordinal_prompt.arrays import Labels, RankNumbers, number_tensor
-from ordinal_prompt.conformal import coverage, coverage_by_rank, mean_width, rank_scores
+from ordinal_prompt.conformal import rank_scores
 from ordinal_prompt.samples import mean_by_rank, read_logits, read_predictions
+from ordinal_prompt.set_metrics import coverage, coverage_by_rank, mean_width
 
 __all__ = [
     "accuracy",
@@ -146,15 +147,14 @@ def kendall_tau(predictions: Any, labels: Labels, rule: str = "expectation") -> 
     0.3333333333333333
     """
     predicted, ranks, _ = read_predictions(predictions, labels, None, rule)
-    # Counts of each pair of a prediction, in order, and a label; integers, so that the sums are exact.
-    groups = predicted.unique(return_inverse=True)[1]
-    width = int(ranks.max()) + 1
-    table = torch.bincount(groups * width + ranks, minlength=(int(groups.max()) + 1) * width).reshape(-1, width)
-    below = table.cumsum(dim=0) - table  # of lower predictions
-    concordant = (table * (below.cumsum(dim=1) - below)).sum()
-    discordant = (table * (below.sum(dim=1, keepdim=True) - below.cumsum(dim=1))).sum()
-    pairs = [math.comb(len(ranks), 2) - int((ties * (ties - 1) // 2).sum()) for ties in (table.sum(0), table.sum(1))]
-    return int(concordant - discordant) / math.sqrt(math.prod(pairs)) if all(pairs) else math.nan
+    ties = [numbers.unique(return_counts=True)[1] for numbers in (predicted, ranks)]
+    pairs = [math.comb(len(ranks), 2) - int((counts * (counts - 1) // 2).sum()) for counts in ties]
+    ordered, difference = [predicted[ranks == rank].sort().values for rank in ranks.unique()], 0
+    for high in range(1, len(ordered)):
+        lower = torch.cat(ordered[:high]).sort().values
+        below, up_to = (torch.searchsorted(lower, ordered[high], right=right) for right in (False, True))
+        difference += int((below + up_to - len(lower)).sum())  # pairs in order, less those that are not
+    return difference / math.sqrt(math.prod(pairs)) if all(pairs) else math.nan
 
 
 def spearman_rho(predictions: Any, labels: Labels, rule: str = "expectation") -> float:
@@ -216,11 +216,11 @@ def reliability(logits: Any, labels: Labels, bins: int = 15) -> tuple[Tensor, Te
         raise ValueError(f"Expected `bins` to be a whole number, at least 1, but got {bins!r}.")
     z, y = read_logits(logits, labels)
     probability = torch.softmax(z, dim=1).cumsum(dim=1)[:, :-1].clamp(max=1)
-    thresholds = torch.arange(probability.shape[1])
+    thresholds = torch.arange(probability.shape[1], device="cpu")
     happened = (y[:, None] <= thresholds).double()
     places = (probability * bins).long().clamp(max=bins - 1) + bins * thresholds
     sums = [
-        torch.zeros(probability.shape[1] * bins, dtype=torch.float64).index_add_(0, places.flatten(), part.flatten())
+        z.new_zeros(probability.shape[1] * bins).index_add_(0, places.flatten(), part.flatten())
         for part in (probability, happened, torch.ones_like(happened))
     ]
     confidence, frequency, counts = (part.reshape(-1, bins) for part in sums)
@@ -268,8 +268,8 @@ def ordinality(prototypes: Any, span: int | None = None) -> float:
         raise ValueError("Expected finite `prototypes`, but got NaN or infinity.")
     if prototypes.dim() != 2 or len(prototypes) < 2:
         raise ValueError(f"Expected `prototypes` of shape (K, D), K at least 2, but got {tuple(prototypes.shape)}.")
-    if span is not None and span < 1:
-        raise ValueError(f"Expected `span` to be at least 1, but got {span}.")
+    if span is not None and (not hasattr(span, "__index__") or span < 1):
+        raise ValueError(f"Expected `span` to be a whole number, at least 1, but got {span!r}.")
     unit = torch.nn.functional.normalize(prototypes.double(), dim=1)
     similarity = unit @ unit.T
     ordered = similarity[:-1, :-1] > similarity[:-1, 1:]

@@ -6,7 +6,7 @@ there.  Data may be tensors on any device, NumPy arrays or lists.  ImportError w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ordinal_prompt import metrics
-from ordinal_prompt.arrays import Labels, number_tensor
+from ordinal_prompt.arrays import Labels, is_number, number_tensor, warn_of_probabilities
 from ordinal_prompt.conformal import ConformalRanks
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def similarity(
         ValueError: prototypes of another shape, or not finite; names of another number.
         TypeError: what is no number, or no Axes.
     """
-    rows, ax = _rows(prototypes), _axes(ax)
-    labels = _names(names, len(rows))
+    rows = _rows(prototypes)
+    labels, ax = _names(names, len(rows)), _axes(ax)
     unit = F.normalize(rows - rows.mean(dim=0) if centered else rows, dim=1)
     image = ax.imshow((unit @ unit.T).numpy(), cmap="RdBu", vmin=-1, vmax=1)
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label="cosine, centred" if centered else "cosine")
@@ -64,8 +64,8 @@ def order(prototypes: Any, names: Sequence[str] | None = None, ax: Axes | None =
     Raises:
         ValueError, TypeError: as `similarity`.
     """
-    rows, ax = _rows(prototypes), _axes(ax)
-    labels = _names(names, len(rows))
+    rows = _rows(prototypes)
+    labels, ax = _names(names, len(rows)), _axes(ax)
     left, spread, _ = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
     places = F.pad(left * spread, (0, 1))[:, :2]  # of prototypes (K, 1), too
     places = places * torch.where(places[-1] >= places[0], 1.0, -1.0)
@@ -102,6 +102,7 @@ def distribution(
         TypeError: what is no number, or no Axes.
     """
     rows = _finite(logits, "logits")
+    warn_of_probabilities(rows, stacklevel=3)
     if rows.dim() != 1 or len(rows) < 2:
         raise ValueError(f"Expected `logits` (K,) of one sample, K at least 2, but got shape {tuple(rows.shape)}.")
     labels = _names(names, len(rows))
@@ -182,15 +183,16 @@ def coverage_width(
         ValueError, TypeError: as `ConformalRanks`; TypeError for what is no Axes.
     """
     points = []
-    for asked in sorted([coverages] if isinstance(coverages, (int, float)) else coverages):
+    wanted: Any = [coverages] if is_number(coverages) else coverages
+    for asked in sorted(wanted):
         first, last = ConformalRanks(asked, score).fit(logits, labels).predict(test_logits)
         points.append((metrics.mean_width(first, last), metrics.coverage(first, last, test_labels), asked))
     if not points:
         raise ValueError("Expected at least one of `coverages`, but got none.")
-    widths, found, wanted = zip(*points, strict=True)
+    widths, found, asked_for = zip(*points, strict=True)
     ax = _axes(ax)
     (line,) = ax.plot(widths, found, "o-", label=label or score)
-    ax.scatter(widths, wanted, marker="_", s=120, color=line.get_color(), zorder=3)
+    ax.scatter(widths, asked_for, marker="_", s=120, color=line.get_color(), zorder=3)
     ax.set(xlabel="mean width in ranks", ylabel="coverage (dash: asked for)", ylim=(None, 1.02))
     ax.legend()
     return ax
@@ -225,7 +227,7 @@ def _rows(prototypes: Any) -> Tensor:
 
 def _names(names: Sequence[str] | None, number: int) -> list[str]:
     """A short name for each of K ranks, with nothing in it that matplotlib would take for mathematics."""
-    if names is not None and (isinstance(names, (str, Mapping)) or not hasattr(names, "__iter__")):
+    if names is not None and (isinstance(names, (str, Mapping, Set)) or not hasattr(names, "__iter__")):
         raise TypeError(f"Expected `names` to be a list, lowest rank first, but got {names!r}.")
     known = [str(name) for name in (range(number) if names is None else names)]
     if len(known) != number:

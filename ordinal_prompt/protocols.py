@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from ordinal_prompt.arrays import Labels, label_tensor
+from ordinal_prompt.arrays import Labels, is_number, label_tensor
 
 
 def few_shot_indices(labels: Labels, shots: int, generator: Generator | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def few_shot_indices(labels: Labels, shots: int, generator: Generator | None = N
     [0, 2, 3, 4, 5]
     """
     labels = _labels(labels)
-    if not isinstance(shots, int):
+    if not hasattr(shots, "__index__") or isinstance(shots, bool):
         raise TypeError(f"Expected `shots` to be an integer, but got {shots!r}.")
     if shots < 1:
         raise ValueError(f"Expected `shots` to be at least 1, but got {shots}.")
@@ -58,13 +58,17 @@ def label_shift_indices(labels: Labels, num_labels: int, keep: float, generator:
     Raises:
         ValueError: no labels, missing labels, labels of another shape, a number of labels below 0 or above those that
             occur, a share outside (0, 1].
-        TypeError: labels that are not integers.
+        TypeError: labels or a number of labels that are not integers.
 
     >>> label_shift_indices([0, 0, 0, 0, 1, 2], num_labels=1, keep=0.5, generator=torch.Generator().manual_seed(0))
     tensor([2, 3, 4, 5])
     """
     labels = _labels(labels)
     values, counts = labels.unique(return_counts=True)
+    if not hasattr(num_labels, "__index__"):
+        raise TypeError(f"Expected `num_labels` to be an integer, but got {num_labels!r}.")
+    if not is_number(keep):
+        raise TypeError(f"Expected `keep` to be a number, but got {keep!r}.")
     if not 0 <= num_labels <= len(values):
         raise ValueError(f"Expected `num_labels` in 0…{len(values)}, the labels that occur, but got {num_labels}.")
     if not 0 < keep <= 1:
@@ -75,7 +79,8 @@ def label_shift_indices(labels: Labels, num_labels: int, keep: float, generator:
 
 
 def _keep(labels: Tensor, limits: dict[int, int], generator: Generator | None) -> Tensor:
-    order = torch.randperm(len(labels), generator=generator)
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(len(labels), generator=generator, device=device).cpu()
     values, counts = labels.unique(return_counts=True)
     by_label = order[labels[order].argsort(stable=True)]  # runs of equal labels, each in random order
     kept = [

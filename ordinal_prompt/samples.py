@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ordinal_prompt.arrays import Labels, RankNumbers, is_categorical, label_tensor, number_tensor, rank_tensor
-from ordinal_prompt.cache import traced
+from ordinal_prompt.arrays import (
+    Labels,
+    RankNumbers,
+    check_same_categories,
+    is_categorical,
+    label_tensor,
+    number_tensor,
+    rank_tensor,
+    warn_of_probabilities,
+)
 from ordinal_prompt.decoding import check_rule, decode
 
 
@@ -20,7 +27,7 @@ def read_labels(labels: Labels, num_ranks: int | None = None, argument: str = "l
         ValueError: no labels, missing ones, or indices outside 0…K-1.
         TypeError: labels that are no integers.
     """
-    ranks = label_tensor(labels, argument).detach().cpu().reshape(-1)
+    ranks = label_tensor(labels, argument, num_ranks).detach().cpu().reshape(-1)
     if len(ranks) == 0:
         raise ValueError("Expected at least one sample, but got none.")
     low, high = (int(bound) for bound in ranks.aminmax())
@@ -39,6 +46,7 @@ def read_logits(logits: Any, labels: Labels) -> tuple[Tensor, Tensor]:
         ValueError: other shapes, fewer than two ranks, NaN or +inf; as `read_labels`.
         TypeError: logits that are no numbers; as `read_labels`.
     """
+    warn_of_probabilities(number_tensor(logits, "logits"))  # in its own precision
     z = _numbers(logits, "logits")
     shape = tuple(label_tensor(labels).shape)
     if z.dim() < 1 or tuple(z.shape[:-1]) != shape or z.shape[-1] < 2:
@@ -47,24 +55,9 @@ def read_logits(logits: Any, labels: Labels) -> tuple[Tensor, Tensor]:
             f"{tuple(z.shape)} and labels of shape {shape}."
         )
     z = z.reshape(-1, z.shape[-1])
-    warn_of_probabilities(z)
     if not bool((z < torch.inf).all()) or bool((z.amax(dim=1) == -torch.inf).any()):
         raise ValueError("Expected finite `logits`, but got NaN or infinity.")
     return z, read_labels(labels, z.shape[1])
-
-
-def warn_of_probabilities(logits: Tensor) -> None:
-    """Warns where all rows (..., K) are those of probabilities, of which the logarithm is meant."""
-    if traced() or logits.is_meta or not logits.numel():
-        return
-    z = logits.detach()
-    like = ((z >= 0) & (z <= 1)).all() & ((z.sum(dim=-1) - 1).abs() < 1e-3).all() & ((z > 0) & (z < 1)).any()
-    if bool(like):
-        warnings.warn(
-            "Expected logits, but got rows of numbers in 0…1 that sum to one: probabilities? Pass their logarithm, or "
-            "what the model gives before its softmax.",
-            stacklevel=4,
-        )
 
 
 def read_predictions(
@@ -83,18 +76,26 @@ def read_predictions(
         ValueError, TypeError: as `read_logits`; values that do not increase.
     """
     check_rule(rule)
+    check_same_categories(predictions, labels)
+    if is_categorical(predictions) and values is not None:
+        raise TypeError("Expected `predictions` in the units of `values`, but got categories; leave `values` out.")
     given = label_tensor(predictions, "predictions") if is_categorical(predictions) else predictions
     given = _numbers(given, "predictions")
     numbers = None if values is None else rank_tensor(values, "values").detach().cpu().double()
     if numbers is not None and (numbers.dim() != 1 or len(numbers) < 2 or not bool((numbers.diff() > 0).all())):
         raise ValueError(f"Expected increasing `values`, one for each rank, but got {numbers.tolist()}.")
+    if num_ranks is not None and (
+        not hasattr(num_ranks, "__index__") or (numbers is not None and num_ranks != len(numbers))
+    ):
+        raise ValueError(f"Expected `num_ranks` to be the number of ranks, as of `values`, but got {num_ranks!r}.")
     shape = tuple(label_tensor(labels).shape)
     if tuple(given.shape) == shape:
-        if len(shape) > 1 and _one_hot(label_tensor(labels)) and bool((given != given.round()).any()):
+        rows = len(shape) > 1 and _one_hot(label_tensor(labels))
+        if rows and (bool((given != given.round()).any()) or _one_hot(given)):
             raise ValueError("Expected `labels` (...) as rank indices, but got one-hot rows; pass labels.argmax(-1).")
         ranks = read_labels(labels, num_ranks if numbers is None else len(numbers))
         if numbers is None:
-            numbers = torch.arange(num_ranks or int(ranks.max()) + 1, dtype=torch.float64)
+            numbers = _indices(num_ranks or int(ranks.max()) + 1)
         given = given.reshape(-1)
         if not bool(given.isfinite().all()):
             raise ValueError(
@@ -109,14 +110,18 @@ def read_predictions(
     z, ranks = read_logits(given, labels)
     if num_ranks not in (None, z.shape[1]):
         raise ValueError(f"Expected `num_ranks` to be {z.shape[1]}, as the logits have, but got {num_ranks}.")
-    numbers = torch.arange(z.shape[1], dtype=torch.float64) if numbers is None else numbers
+    numbers = _indices(z.shape[1]) if numbers is None else numbers
     return decode(z, rule, numbers), ranks, numbers
 
 
 def mean_by_rank(numbers: Tensor, ranks: Tensor, num_ranks: int) -> Tensor:
     """(K,) means of numbers (N,) over the samples of each rank (N,); NaN where there are none."""
-    sums = torch.zeros(num_ranks, dtype=torch.float64).index_add_(0, ranks, numbers.double())
+    sums = numbers.new_zeros(num_ranks, dtype=torch.float64).index_add_(0, ranks, numbers.double())
     return sums / torch.bincount(ranks, minlength=num_ranks)
+
+
+def _indices(num_ranks: int) -> Tensor:
+    return torch.arange(num_ranks, dtype=torch.float64, device="cpu")
 
 
 def _one_hot(labels: Tensor) -> bool:

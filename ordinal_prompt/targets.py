@@ -50,7 +50,12 @@ def read_batch(
     if ignore_index is not None:
         missing = labels.isnan() if math.isnan(ignore_index) else labels == ignore_index
         if kind != "indices":
-            missing = missing.all(dim=1) if kind == "distributions" else missing.any(dim=1)
+            ends, missing = missing, missing.all(dim=1)
+            if kind == "ranges" and _known(labels) and bool((ends.any(dim=1) & ~missing).any()):
+                raise ValueError(
+                    f"Expected both ends of each range, or {ignore_index} for both, but some have one alone; a rank by "
+                    "itself is a range from itself to itself."
+                )
         there = ~missing if there is None else there & ~missing
         sample_weight = there.to(logits.dtype) if sample_weight is None else sample_weight * there
     if there is not None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ordinal_prompt as op
-from ordinal_prompt.arrays import label_tensor, rank_tensor
+from ordinal_prompt.arrays import label_tensor, number_tensor, rank_tensor
 from ordinal_prompt.protocols import few_shot_indices, label_shift_indices
 
 LABELS = [2, 0, 0, 1, 2, 2]
@@ -175,3 +175,18 @@ def test_losses_take_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(op.OrdinalPromptLoss()(logits, labels.to(dtype)), expected)
     parts = op.losses.cross_entropy_loss(logits, labels.to(dtype)) + op.losses.kl_loss(logits, labels.to(dtype))
     assert torch.equal(parts, expected)
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i1", "i8", "u1", "u2", "u4", "u8", "?", ">f4", ">i2"])
+def test_arrays_of_every_kind_are_read_as_lists_are(kind: str) -> None:
+    array = np.array([[0, 1, 2], [3, 4, 5]]).astype(kind)
+    for given in (array, array[:, ::2], array.T, read_only(array.copy()), np.asfortranarray(array), array[0, 1]):
+        for dtype in (None, torch.float64):
+            found, expected = number_tensor(given, "x", dtype), torch.as_tensor(given.tolist(), dtype=dtype)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+            if found.dim():
+                found.zero_()  # a copy
+    assert array.max() > 0
+    with pytest.raises(TypeError, match="numbers"):
+        number_tensor(np.ma.masked_array([1.0, 2.0], [True, False]), "x")

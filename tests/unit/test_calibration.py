@@ -144,3 +144,40 @@ def test_labels_of_masked_ranks() -> None:
     labels = torch.arange(50) % 4
     with pytest.raises(ValueError, match="a finite logit for the label of each sample"):
         op.calibrate(logits, labels)
+
+
+def test_integers_and_json_serve() -> None:
+    calibration = op.Calibration(2.0, [0.5, 1.75])  # as JSON has it
+    assert calibration == op.Calibration(2.0, (0.5, 1.75))
+    assert hash(calibration) == hash(op.Calibration(2.0, (0.5, 1.75)))
+    assert calibration(torch.tensor([[2, 4]])).tolist() == [[1.5, 3.75]]
+    with pytest.raises(TypeError, match="K numbers"):
+        op.Calibration(1.0, ("a",))
+
+
+def test_layers_that_compute_more_than_their_weight_are_not_folded() -> None:
+    calibration = op.Calibration(2.0, (0.5, 0.0))
+    features = torch.randn(4, 3)
+    hooked = nn.Linear(3, 2)
+    hooked.register_forward_hook(lambda _, __, output: output * 2)
+    shared = nn.Linear(2, 2)
+    pruned = nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5)
+    for layers in (hooked, pruned, nn.Sequential(nn.Linear(3, 2), shared, shared)):
+        with pytest.raises(TypeError, match="end in a linear one"):
+            calibration.fold(layers)
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).eval()
+    torch.testing.assert_close(calibration.fold(normed)(features), calibration(normed(features)))
+
+
+def test_options_of_another_kind() -> None:
+    logits, labels = torch.randn(9, 3), [0, 1, 2] * 3
+    with pytest.raises(TypeError, match="`bias` to be True or False"):
+        op.calibrate(logits, labels, bias="no")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        op.adapt_prior(logits, [1, 1, 1], [1, 2, 3], smoothing=0.1)
+    with pytest.warns(UserWarning, match="probabilities"):
+        op.adapt_prior(logits.softmax(1), [1, 1, 1], [1, 2, 3])
+    with pytest.warns(UserWarning, match="probabilities"):
+        op.Calibration(1.0, (0.0, 0.0, 0.0))(logits.softmax(1).bfloat16())
+    with pytest.warns(UserWarning, match="still changed after"):
+        op.adapt_prior(torch.randn(200, 5) / 10, [1, 1, 1, 1, 1])

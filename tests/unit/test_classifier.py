@@ -14,6 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import VotingClassifier
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -129,7 +133,7 @@ def test_mistakes(clip: Any, tokenizer: Any) -> None:
 def test_scikit_learn_is_loaded_where_it_is_used() -> None:
     script = (
         "import sys, ordinal_prompt as op\n"
-        "assert 'sklearn' not in sys.modules and 'OrdinalPromptClassifier' in op.__all__\n"
+        "assert 'sklearn' not in sys.modules and 'OrdinalPromptClassifier' in dir(op)\n"
         "sys.modules['sklearn'] = None\n"
         "try:\n    op.OrdinalPromptClassifier\n"
         "except ImportError as error:\n    print(error)\n"
@@ -205,3 +209,59 @@ def test_a_pickle_holds_the_text_encoder_once(clip: Any, tokenizer: Any) -> None
         torch.testing.assert_close(again.head_.export()(torch.ones(1, 12)), classifier.export()(torch.ones(1, 12)))
         np.testing.assert_array_equal(again.fit(features, labels).predict(features), classifier.predict(features))
     assert classifier.head_.text_encoder is not None
+
+
+def test_a_fit_that_fails_leaves_no_answers() -> None:
+    features, labels = task([1, 2, 3])
+    classifier = op.OrdinalPromptClassifier().fit(features, labels)
+    classifier.set_params(priors=[1, 2])
+    with pytest.raises(ValueError, match="`prior`"):
+        classifier.fit(features[:, :4], labels * 10)
+    with pytest.raises(NotFittedError):
+        classifier.predict(features)
+    assert classifier.set_params(priors=None).fit(features, labels).score(features, labels) > -0.5
+
+
+def test_exported_layers_are_new() -> None:
+    features, labels = task([1, 2, 3])
+    classifier = op.OrdinalPromptClassifier().fit(features, labels)
+    before = classifier.predict_proba(features)
+    for parameter in classifier.export().half().parameters():
+        parameter.data.zero_()
+    assert np.array_equal(classifier.predict_proba(features), before)
+
+
+def test_a_clone_has_the_same_text_encoder(clip: Any, tokenizer: Any) -> None:
+    classifier = op.OrdinalPromptClassifier(clip, NAMES, tokenizer=tokenizer, priors=[0.2, 0.3, 0.5])
+    copied = clone(classifier)
+    assert copied.text_encoder is clip
+    assert copied.priors == classifier.priors
+    assert copied.priors is not classifier.priors
+
+
+def test_ranks_without_an_order() -> None:
+    features, labels = task(NAMES)
+    with pytest.raises(TypeError, match="categories without one"):
+        op.OrdinalPromptClassifier(ranks=pd.Series(labels, dtype="category").dtype).fit(features, labels)
+    column = pd.DataFrame({"grade": pd.Categorical(["low", "mid", "high"] * 20, ["low", "mid", "high"], ordered=True)})
+    assert op.OrdinalPromptClassifier().fit(features, column).classes_.tolist() == ["low", "mid", "high"]
+
+
+def test_large_numbers_are_read_as_they_are_written(clip: Any, tokenizer: Any) -> None:
+    features, labels = task([250000, 1000000, 2500000.5])
+    ranks = [250000, 1000000, 2500000.5]
+    classifier = op.OrdinalPromptClassifier(clip, ranks, tokenizer=tokenizer, context="an income of")
+    classifier.fit(features, labels)
+    assert classifier.head_ is not None
+    assert classifier.head_.rank_names == ("250000", "1000000", "2500000.5")
+
+
+def test_scikit_learn_that_mixes_ranks_up_is_told() -> None:
+    features, labels = task(["low", "mid", "high"])
+    fitted = FrozenEstimator(op.OrdinalPromptClassifier(ranks=["low", "mid", "high"]).fit(features, labels))
+    other = FrozenEstimator(LogisticRegression().fit(features, labels))
+    with pytest.warns(UserWarning, match="order of the ranks"):
+        VotingClassifier([("a", fitted), ("b", other)], voting="soft").fit(features, labels).predict(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        CalibratedClassifierCV(fitted, method="sigmoid").fit(features, labels).predict(features)

@@ -349,3 +349,27 @@ def test_more_mistakes() -> None:
         sets.predict(logits.softmax(1))
     never = op.ConformalRanks(0.5).fit(logits, labels, shift=[1, 1, 0])
     assert never.thresholds is not None
+
+
+def test_large_ratios_and_ratios_of_ranks_by_themselves() -> None:
+    logits, labels = samples(400, 3, 0)
+    sets = op.ConformalRanks(0.9).fit(logits, labels)
+    assert torch.equal(op.ConformalRanks(0.9).fit(logits, labels, shift=[1e307] * 3).thresholds, sets.thresholds)
+    each = op.ConformalRanks(0.9, by_rank=True).fit(logits, labels)
+    shifted = op.ConformalRanks(0.9, by_rank=True).fit(logits, labels, shift=[0, 1, 5])
+    assert torch.equal(shifted.thresholds, each.thresholds)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"thresholds": [math.nan, 1.0, 1.0]},
+        {"thresholds": [True, False, True]},
+        {"groups": ["a", "a"], "thresholds": [[0.1, 0.2, 0.3]] * 2},
+        {"groups": "ab", "thresholds": [[0.1, 0.2, 0.3]] * 2},
+    ],
+)
+def test_json_of_others(changed: dict[str, Any]) -> None:
+    written = json.loads(op.ConformalRanks(0.5).fit(torch.eye(3), [0, 1, 2]).to_json())
+    with pytest.raises(ValueError, match="to_json wrote"):
+        op.ConformalRanks.from_json(json.dumps(written | changed))

@@ -82,3 +82,18 @@ def test_nan_is_not_a_prediction() -> None:
 def test_bad_logits(logits: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         op.decode(logits, **options)
+
+
+def test_values_that_float32_does_not_tell_apart() -> None:
+    days = [20240101, 20240102, 20240103]
+    for values in (days, torch.tensor(days), [float(day) for day in days]):
+        assert op.decode(torch.eye(3) * 99, "argmax", values).tolist() == days
+        assert op.decode(torch.eye(3) * 999, values=values).tolist() == days
+    assert op.decode(torch.eye(3), values=[1.1, 2.2, 3.3]).dtype == torch.float32
+
+
+def test_probabilities_are_not_taken_for_logits_in_silence() -> None:
+    probabilities = (torch.eye(3) * 3).softmax(1)
+    for rows in (probabilities, probabilities.bfloat16(), (probabilities.repeat(3, 1) * 100).round() / 100):
+        with pytest.warns(UserWarning, match="probabilities\\? Pass their logarithm"):
+            op.decode(rows)

@@ -15,8 +15,9 @@ from conftest import tiny_clip
 from torch.nn import functional as F
 
 import ordinal_prompt as op
-from ordinal_prompt.fitting import AROUND_PROTOTYPES, AROUND_ZERO, SCALE_SD, fit_map
+from ordinal_prompt.fitting import fit_map
 from ordinal_prompt.frequencies import usual_bias
+from ordinal_prompt.prior import AROUND_PROTOTYPES, AROUND_ZERO, SCALE_SD
 
 NAMES = ["terrible", "bad", "okay", "good", "great"]
 
@@ -213,3 +214,31 @@ def test_frequencies_of_many_ranks_take_no_time() -> None:
     counts = torch.poisson(torch.ones(1000), generator=torch.Generator().manual_seed(0)).tolist()
     assert len(usual_bias(tuple(counts))) == 1000
     assert max(map(abs, usual_bias((7.0,) * 1000))) < 1e-9
+
+
+def test_ordered_categories_are_found_by_name(clip: Any, tokenizer: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    features, labels = task()
+    names = [NAMES[label] for label in labels.tolist()]
+    expected = op.fit_head(fitted_head(clip, tokenizer), features, labels)(features)
+    for known in (NAMES, NAMES[::-1], sorted({*names})):
+        given = pandas.Series(pandas.Categorical(names, known, ordered=True))
+        torch.testing.assert_close(op.fit_head(fitted_head(clip, tokenizer), features, given)(features), expected)
+
+
+def test_autocast_and_gradients_of_weights_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ordinal_prompt.fitting.EXACT", 0)  # as for large data, in float32
+    features, labels = task()
+    expected = fit_map(features, labels, 5).weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fit_map(features, labels, 5).weight, expected)
+
+
+def test_weights_that_take_gradients(clip: Any, tokenizer: Any) -> None:
+    features, labels = task()
+    weight = torch.ones(len(labels), requires_grad=True)
+    expected = op.fit_head(fitted_head(clip, tokenizer), features, labels)(features)
+    torch.testing.assert_close(op.fit_head(fitted_head(clip, tokenizer), features, labels, weight)(features), expected)
+    for number in (float("nan"), "a", 0):
+        with pytest.raises(ValueError, match="`num_samples`"):
+            op.regularization(fitted_head(clip, tokenizer), number)

@@ -123,5 +123,67 @@ def test_soft_labels_of_many_ranks() -> None:
         op.soft_labels([0], 101, "binomial")
     with pytest.raises(ValueError, match="no beta soft labels for 101 ranks; choose another"):
         op.soft_labels([0], 101, "beta")
-    codes = pd.Series(pd.Categorical([3, 1], [3, 2, 1], ordered=True))
+    codes = pd.Series(pd.Categorical([3, 1], [3, 2, 1, 0], ordered=True))
     assert op.soft_labels(codes, 4).argmax(1).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ([0.0, 0.0018], [0.001, 0.01, 0.1, 1, 10, 100, 1000]),
+        ([0, 2], [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+        ([200000.15], [200000, 200001]),
+        (torch.tensor([1.9], dtype=torch.float16), [1, 5, 1000]),
+    ],
+)
+def test_values_near_none_of_wide_scales(values: Any, ranks: Any) -> None:
+    with pytest.raises(ValueError, match="fit no rank"):
+        op.rank_indices(values, ranks)
+
+
+def test_values_up_to_their_rounding() -> None:
+    ranks = np.arange(-10, 11) / 10
+    noisy = np.cumsum(np.full(21, 0.1)) - 1.1  # 1e-16 beside zero, as sums of floats are
+    assert op.rank_indices(noisy, ranks).tolist() == [*range(21)]
+    assert op.rank_indices(ranks.astype(np.float32), ranks).tolist() == [*range(21)]
+    assert op.rank_indices(torch.tensor([1900, 1931], dtype=torch.bfloat16), [1900, 1931]).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="increasing `rank_values`, finite"):
+        op.rank_indices([1.0], [1.0, 2.0, np.inf])
+
+
+def test_categories_are_those_of_all_ranks() -> None:
+    names = ["terrible", "bad", "okay", "good", "excellent"]
+    few = pd.Series(pd.Categorical(["bad", "good", "okay"], names, ordered=True)).cat.remove_unused_categories()
+    logits = torch.eye(5)[[1, 3, 2]] * 9
+    for call in (
+        lambda: op.metrics.accuracy(logits, few),
+        lambda: op.calibrate(logits, few),
+        lambda: op.ConformalRanks(0.5).fit(logits, few),
+        lambda: op.soft_labels(few, 5),
+    ):
+        with pytest.raises(ValueError, match="5 ordered categories, one for each rank, but got 3; declare all"):
+            call()
+    whole = pd.Categorical(["bad", "good", "okay"], names, ordered=True)
+    assert op.metrics.accuracy(logits, whole) == 1.0
+    with pytest.raises(ValueError, match="the same ordered categories everywhere"):
+        op.metrics.accuracy(few, whole)
+    with pytest.raises(TypeError, match="leave `values` out"):
+        op.metrics.mean_absolute_error(whole, whole, values=[1, 2, 3, 4, 5])
+    assert op.metrics.mean_absolute_error(whole, whole) == 0.0
+
+
+def test_numbers_that_may_mean_names_are_refused(tokenizer: Any) -> None:
+    head = op.OrdinalPromptHead(tiny_clip(), ["1", "2", "3"], tokenizer=tokenizer, context="stars")
+    assert head.rank_indices(["1", "3"]).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="names are numbers, too"):
+        head.rank_indices([1, 2])
+    stars = op.OrdinalPromptHead(
+        tiny_clip(), ["1", "2", "3"], tokenizer=tokenizer, context="stars", rank_values=[1, 2, 3]
+    )
+    assert stars.rank_indices([1, 2]).tolist() == [0, 1]
+
+
+def test_families_that_make_no_distributions() -> None:
+    pytest.importorskip("dlordinal")
+    with pytest.raises(ValueError, match="that give distributions"):
+        op.soft_labels([0], 5, "exponential", tau=0.0)

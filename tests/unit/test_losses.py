@@ -354,3 +354,59 @@ def test_the_squared_distance_that_probability_moves() -> None:
     torch.testing.assert_close(weighted(logits, labels), loss(logits[3:5], labels[3:5]))
     torch.testing.assert_close(loss(logits, labels, [0, 0, 0, 1, 1, 0]), loss(logits[3:5], labels[3:5]))
     assert torch.autograd.gradcheck(lambda z: loss(z, labels), [logits.requires_grad_()])
+
+
+def test_a_rank_that_one_sample_cannot_have_takes_no_part_in_its_kl() -> None:
+    logits = LOGITS.clone()
+    logits[0, 3], logits[1, 0] = -torch.inf, -torch.inf  # an absent rank, and one that another sample has
+    labels = torch.tensor([0, 1, 2])
+    logits.requires_grad_()
+    loss = op.OrdinalPromptLoss()(logits, labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    column = LOGITS[[0, 2], 0]
+    target = torch.tensor([10.0, 0.0]).log_softmax(0)
+    first = (target.exp() * (target - column.log_softmax(0))).sum()
+    others = [kl_loss(LOGITS[:, [k]], torch.where(labels == k, 0, 1), None) for k in (1, 2)]
+    torch.testing.assert_close(kl_loss(logits, labels), (first + sum(others)) / 3)
+
+
+def test_half_a_range_is_a_mistake() -> None:
+    loss = op.OrdinalPromptLoss(ignore_index=-100)
+    whole = loss(LOGITS, torch.tensor([[0, 1], [-100, -100], [2, 2]]))
+    torch.testing.assert_close(whole, op.OrdinalPromptLoss()(LOGITS[[0, 2]], torch.tensor([[0, 1], [2, 2]])))
+    with pytest.raises(ValueError, match="both ends of each range"):
+        loss(LOGITS, torch.tensor([[0, 1], [-100, 3], [2, 2]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_loss(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(256, 6, requires_grad=True), torch.arange(256) % 6
+    for target in (labels, torch.stack([labels, labels.clamp(min=4)], dim=1), torch.eye(6)[labels] * 0.5 + 0.5 / 6):
+        loss = op.OrdinalPromptLoss(rank_weights=[0.1, 0.3, 1.0, 9.0, 300.0, 3000.0], emd_weight=1.0)
+        expected = loss(logits, target)
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(loss(logits, target), expected)
+
+
+def test_no_label_is_left_out_by_itself() -> None:
+    labels = torch.tensor([0, -100, 2])
+    with pytest.raises(IndexError, match="out of bounds"):
+        cross_entropy_loss(LOGITS, labels)
+    loss = torch.compile(op.OrdinalPromptLoss(rank_values=[1, 2, 3, 4]), backend="aot_eager")
+    assert loss(LOGITS, torch.tensor([1.0, 2.0, 4.0])).isfinite()
+    with pytest.raises((IndexError, RuntimeError)):
+        loss(LOGITS, torch.tensor([1.0, torch.nan, 4.0]))
+
+
+def test_accumulated_batches_without_labels_are_zero() -> None:
+    missing = torch.full((3,), -100)
+    loss = op.OrdinalPromptLoss(ignore_index=-100)
+    assert loss(LOGITS, missing, num_items_in_batch=torch.tensor(0)) == 0
+    losses = op.OrdinalPromptLosses({"a": loss})
+    assert losses({"a": LOGITS}, {"a": missing}, num_items_in_batch=0) == 0
+    with pytest.raises(ValueError, match="ignore_index=-100"):
+        op.OrdinalPromptLoss(ignore_index=-1)(LOGITS, torch.tensor([0, -1, 2]), num_items_in_batch=2)

@@ -256,3 +256,31 @@ def test_what_looks_like_something_else() -> None:
         metrics.accuracy(["good"], [1])
     with pytest.raises(TypeError, match="the numbers of one key at a time"):
         metrics.summary({"age": probabilities}, labels)
+
+
+def test_one_hot_rows_on_both_sides_are_told() -> None:
+    rows = torch.eye(5, dtype=torch.long)[torch.arange(20) % 5]
+    with pytest.raises(ValueError, match="one-hot rows"):
+        metrics.accuracy(rows, rows.roll(1, 0))
+
+
+def test_numbers_of_ranks_that_do_not_fit() -> None:
+    for number in (7, 3.0):
+        with pytest.raises(ValueError, match="`num_ranks` to be the number of ranks"):
+            metrics.mae_by_rank([1.0, 2.0], [0, 1], values=[1, 2, 3], num_ranks=number)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    logits, labels = samples()
+    expected = metrics.summary(logits, labels)
+    with torch.device("meta"):
+        assert metrics.summary(logits, labels) == expected
+        assert metrics.accuracy([0, 1, 2], [0, 1, 1]) == pytest.approx(2 / 3)
+        calibration = op.calibrate(logits, labels)
+        op.adapt_prior(logits, [1, 1, 1, 1, 1])
+        first, last = op.ConformalRanks(0.8).fit(logits, labels.tolist()).predict(logits)
+        assert 0.7 < metrics.coverage(first, last, labels) <= 1
+        fit = op.OrdinalPromptClassifier().fit(logits.numpy(), labels.numpy())
+        assert fit.predict(logits.numpy()).shape == (200,)
+        assert op.rank_indices(["b"], ["a", "b"]).tolist() == [1]
+    assert calibration == op.calibrate(logits, labels)
