@@ -6,9 +6,11 @@ import posixpath
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PAGES = {
     "ARCHITECTURE.md": "architecture.md",
@@ -32,6 +34,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = LINK.sub(partial(relinked, source=source), text).replace(" ± ", "\u00a0±\u00a0")
         files.append(File.generated(config, page, content=WIDE + text if page == "architecture.md" else text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Links of the pages to files elsewhere in the repository, where those who read it there find them."""
+    return LINK.sub(partial(of_the_site, page=f"docs/{page.file.src_uri}"), markdown)
+
+
+def of_the_site(link: re.Match[str], page: str) -> str:
+    """A link of a page, to the page or picture that the site has for a file elsewhere; any other as it is."""
+    folder = posixpath.dirname(page)
+    target = posixpath.normpath(posixpath.join(folder, link[1]))
+    picture = f"pictures/{posixpath.basename(target)}" if posixpath.dirname(target) == PICTURES else None
+    name = PAGES.get(target, picture)
+    return f"]({posixpath.relpath(f'docs/{name}', folder)}" if name else link[0]
 
 
 def relinked(link: re.Match[str], source: str) -> str:

@@ -42,7 +42,7 @@ MORPH = {  # OrdinalCLIP's settings for the ages of MORPH II (section 4.1)
 }  # fmt: skip
 DEMO = {"backbone": "resnet10t", "context": "the blur of the photo is", "epochs": 15}
 PATCH = 48
-DEMO_PHOTOS = ("astronaut brick camera cat coffee gravel rocket", "coins chelsea", "grass page")
+DEMO_PHOTOS = ("astronaut brick camera cat coffee gravel rocket", "coins immunohistochemistry", "grass page")
 DEMO_NAMES = ["none", "barely visible", "slight", "moderate", "strong", "very strong", "extreme"]
 
 

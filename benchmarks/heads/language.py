@@ -31,7 +31,7 @@ def name_embeddings(task: Task) -> tuple[Tensor, float]:
     names = head.prototypes().detach()
     if names.shape[1] != task.num_features:
         raise UnfitError(f"features of width {task.num_features} are outside the text encoder's space")
-    return names, float(log_scale_of_spread(names, 10.0).exp())
+    return names, float(log_scale_of_spread(names).exp())
 
 
 def zero_shot(task: Task) -> Estimator:
