@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=CHOSEN, metavar="HEAD")
     parser.add_argument("--crops", type=int, default=42, help="of each rank, for training (default: 42)")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 5e-3, 1e-2])
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3, 5e-3, 1e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args(arguments)
     parts = {part: crops(part, options.crops if part == "train" else 40, seed=0) for part in PARTS}

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "heads"))
 
 import compare as script
 import images
+import photographs
 import tuned
 
 
@@ -126,6 +127,18 @@ def test_networks_are_tuned_on_few_photographs(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("{'head'") for line in lines) == 5
     assert "frozen, expectation" in lines[5]
+
+
+@pytest.mark.slow
+def test_networks_are_trained_on_blurred_photographs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len({photo for part in photographs.PHOTOS.values() for photo in part.split()}) == 14  # none in two parts
+    photographs.main(
+        ["--heads", "linear", "corn", "ours-projected", "--crops", "8", "--epochs", "1", "--lr", "1e-3", "--seeds", "0"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("{'head'") for line in lines) == 3
+    with pytest.raises(TypeError, match="trains no network"):
+        photographs.main(["--heads", "ridge", "--crops", "8", "--seeds", "0"])
 
 
 def test_what_is_neither_a_folder_nor_a_data_set_is_told() -> None:
