@@ -25,7 +25,7 @@ from ordinal_prompt.text.template import PromptText
 
 CONFIG_FILE = "ordinal_prompt.json"
 WEIGHTS_FILE = "ordinal_prompt.safetensors"
-PENDING_FILE = f"{CONFIG_FILE}.new"  # written before the weights, and renamed after them
+PENDING_FILE = f"{CONFIG_FILE}.new"  # stands there from before the weights are written until the config is
 ATTRIBUTES_FILE = "ordinal_prompt_attributes.json"  # of several heads, each in a folder of its own
 FORMAT = 2
 LEARNED = ("context_embeddings", "rank_embeddings", "rank_values", "logit_scale", "projection", "alignment", "residual")
@@ -124,9 +124,11 @@ def write(folder: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file({**tensors}, path, metadata={"config": config})  # so that a mixed pair of files is found out
     except BaseException:
-        (folder / PENDING_FILE).unlink()
+        (folder / PENDING_FILE).unlink(missing_ok=True)
         raise
-    (folder / PENDING_FILE).replace(folder / CONFIG_FILE)
+    with replacing(folder / CONFIG_FILE) as path:
+        path.write_text(config, encoding="utf-8")
+    (folder / PENDING_FILE).unlink(missing_ok=True)  # which another process that saves here may have done
 
 
 def load(folder: Path, text_encoder: Any, load_source: Callable[[Mapping[str, Any]], Any]) -> Checkpoint:
