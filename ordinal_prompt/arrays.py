@@ -140,9 +140,9 @@ def _tensor(data: Any, argument: str, dtype: torch.dtype | None = None) -> Tenso
     kind: Any = getattr(data, "dtype", None)
     if getattr(kind, "kind", "") in ("M", "m"):  # as plain integers they would be nanoseconds
         raise TypeError(f"Expected `{argument}` to be numbers, but got {kind}.")
-    if type(data).__module__ == "numpy" and type(data).__name__ in ("ndarray", "memmap") and kind.str[1:] in NUMBERS:
-        native = data.astype(NUMBERS[kind.str[1:]], order="C")  # a copy, which may be written to
-        return torch.from_numpy(native).to(dtype or (torch.get_default_dtype() if kind.kind == "f" else None))
+    if hasattr(data, "astype") and _is_native(data):
+        native = torch.from_numpy(data.astype(NUMBERS[kind.str[1:]], order="C"))  # a copy, which may be written to
+        return native.to(dtype or (torch.get_default_dtype() if kind.kind == "f" else native.dtype))
     if hasattr(data, "tolist"):
         data = data.tolist()
     elif isinstance(data, Sequence) and not isinstance(data, str):
@@ -178,6 +178,12 @@ def warn_of_probabilities(logits: Tensor, stacklevel: int = 4) -> None:
             "what the model gives before its softmax.",
             stacklevel=stacklevel,
         )
+
+
+def _is_native(data: Any) -> bool:
+    """Whether this is an array of NumPy, of numbers that torch has."""
+    kind = type(data)
+    return kind.__module__ == "numpy" and kind.__name__ in ("ndarray", "memmap") and data.dtype.str[1:] in NUMBERS
 
 
 def listed(items: Iterable[Any]) -> str:

@@ -132,7 +132,11 @@ class Lifecycle(nn.Module):
         if handed_out(self, self.prompt) and self.text_encoder is not None:
             self._kept = None
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-        self._build_rank_values(self.rank_values.device)  # a state dict in half precision has rounded them
+        loaded = self.rank_values
+        if not loaded.is_meta:
+            self._build_rank_values(loaded.device)  # a state dict in half precision has rounded them
+            if loaded.dtype == self.rank_values.dtype and torch.equal(loaded, self.rank_values):
+                self.rank_values = loaded  # the same tensor, for which graphs were compiled
 
     def _prune(self) -> None:
         """What a forward pass under pruning sets anew."""

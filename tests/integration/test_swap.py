@@ -164,8 +164,9 @@ def test_a_head_that_is_shared_is_found_again_by_its_name(clip: Any) -> None:
     for copied in (copy.deepcopy(model), copy.deepcopy(whole)[0], torch.load(buffer, weights_only=False)):
         assert copied.distillation_classifier.head is copied.cls_classifier
         torch.testing.assert_close(copied(images).logits, expected)
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images).logits, expected)
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):  # earlier ones cannot compile the model itself
+        compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images).logits, expected)
     head = op.OrdinalPromptHead(clip, 7, in_features=16)
     op.replace_head(model, head)
     assert model.distillation_classifier.head is model.cls_classifier is head

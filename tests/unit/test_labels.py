@@ -159,7 +159,6 @@ def test_categories_are_those_of_all_ranks() -> None:
         lambda: op.metrics.accuracy(logits, few),
         lambda: op.calibrate(logits, few),
         lambda: op.ConformalRanks(0.5).fit(logits, few),
-        lambda: op.soft_labels(few, 5),
     ):
         with pytest.raises(ValueError, match="5 ordered categories, one for each rank, but got 3; declare all"):
             call()
@@ -185,5 +184,7 @@ def test_numbers_that_may_mean_names_are_refused(tokenizer: Any) -> None:
 
 def test_families_that_make_no_distributions() -> None:
     pytest.importorskip("dlordinal")
+    with pytest.raises(ValueError, match="5 ordered categories, one for each rank, but got 2"):
+        op.soft_labels(pd.Categorical(["a", "b"], ["a", "b"], ordered=True), 5)
     with pytest.raises(ValueError, match="that give distributions"):
         op.soft_labels([0], 5, "exponential", tau=0.0)
