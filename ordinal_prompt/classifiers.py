@@ -129,7 +129,7 @@ def follow_classes(model: Any, head: nn.Module) -> None:
 def _follow_labels(config: Any, head: nn.Module, count: int) -> None:
     """The labels of a config that names them, as transformers' do; one that cannot be written stays as it is."""
     before = labels_of(config)
-    if not (isinstance(before.get("num_labels"), int) and before.get("id2label")):
+    if not (isinstance(before.get("num_labels"), int) and "id2label" in before):
         return
     labels: dict[str, Any] = {"num_labels": count}  # also makes names of the labels
     if count > 1:
